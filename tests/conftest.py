@@ -1,0 +1,32 @@
+"""Shared fixtures: a fresh seed for every test, and GPT-2's vocabulary where it can be had."""
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed each run, already given to torch; pytest prints it when the test fails."""
+    value = secrets.randbelow(2**31)
+    print(f"seed = {value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(scope="session")
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's own BPE; skips where its files are neither in a tiktoken cache nor reachable."""
+    beside = ROOT.parent / "shared" / "tiktoken_cache"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and beside.is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(beside)
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests raises several kinds
+        pytest.skip(f"GPT-2's vocabulary is not at hand (set TIKTOKEN_CACHE_DIR): {type(error).__name__}")
