@@ -1,0 +1,313 @@
+"""The `minigpt` command: what it prints, what it writes, and that every error takes one line and gives exit code 2."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripted import TINY, byte_encoding, tiny_folder
+
+from minigpt_lib.chat import ChatModels
+from minigpt_lib.cli import build_parser, main
+from minigpt_lib.generation import generate
+from minigpt_lib.lora import load_adapter, lora_layers
+from minigpt_lib.sft import reply
+from minigpt_lib.weights import load_pretrained, save_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ["chat", "generate", "pretrain", "finetune", "export"]
+
+
+@pytest.fixture
+def folder(tmp_path, seed, monkeypatch):
+    monkeypatch.setenv("MINIGPT_DEVICE", "cpu")
+    monkeypatch.chdir(tmp_path)
+    return tiny_folder(tmp_path / "tiny")
+
+
+def run(*words: object) -> int:
+    """The exit code of `minigpt WORDS`, in this process."""
+    try:
+        return main([str(w) for w in words])
+    except SystemExit as stop:
+        return stop.code
+
+
+# --- help
+
+
+@pytest.mark.parametrize("command", [[], *[[c] for c in COMMANDS]])
+def test_help_lists_every_option_with_its_default(command, capsys):
+    assert run(*command, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(c in text for c in (COMMANDS if not command else ["--model", "--device", "--debug"]))
+    assert "None" not in text and "SUPPRESS" not in text
+
+
+def test_help_and_errors_do_not_wait_for_torch():
+    code = "import sys, minigpt_lib.cli as c\ntry: c.main(sys.argv[1:])\nfinally: print([m for m in ('torch', 'gradio', 'numpy') if m in sys.modules])"
+    for words in (["--help"], ["generate", "--help"], ["nonsense"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_runs_as_a_module_and_without_a_command_shows_help():
+    done = subprocess.run([sys.executable, "-m", "minigpt_lib.cli"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and all(c in done.stdout for c in COMMANDS)
+
+
+def test_every_command_takes_a_model():
+    commands = next(a for a in build_parser()._actions if a.choices).choices
+    assert list(commands) == COMMANDS
+    for p in commands.values():
+        assert any("--model" in a.option_strings and a.default == "mini" for a in p._actions)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("generate Hi --model gpt5", "gpt5.*mini, gpt2"),
+        ("generate Hi --model no/such", "no/such"),
+        ("generate Hi --model {tiny} --top-p 2", r"top_p=2.0.*0.05 to 1"),
+        ("generate Hi --model {tiny} --temperature nan", "temperature=nan.*0 to 2"),
+        ("generate Hi --model {tiny} --max-new-tokens 0", "max_new_tokens=0.*1 to 1024"),
+        ("generate Hi --model {tiny} --max-new-tokens many", "invalid int value: 'many'"),
+        ("generate Hi --model {tiny} --device tpu", "tpu"),
+        ("generate {long} --model {tiny}", "300 tokens.*n_ctx=256"),
+        ("generate {blank} --model {tiny}", "prompt is empty"),
+        ("generate {blank} --chat --model {tiny}", "prompt is empty"),
+        ("generate Hi --model {tiny} --adapter nowhere", "nowhere"),
+        ("chat --port 70000", "port=70000.*65535"),
+        ("chat --port {busy}", "port {busy} .*--port"),
+        ("pretrain --model {tiny} --data nowhere.txt --out new", "nowhere.txt"),
+        ("pretrain --model {tiny} --data {text} --out {tiny}", "holds a model already"),
+        ("pretrain --model {tiny} --data {text} --out new --resume", "nothing to --resume"),
+        ("pretrain --model {tiny} --data {text} --out new --window 999", "window=999.*n_ctx=256"),
+        ("pretrain --model {tiny} --data {text} --out new --lr -1", "lr=-1.0"),
+        ("finetune --model {tiny} --data nowhere.json", "nowhere.json"),
+        ("finetune --model {tiny} --data {text}", "not JSON"),
+        ("finetune --model {tiny} --data {bad} --out new", "record 2.*output"),
+        ("finetune --model {tiny} --data {good} --r 999 --out new", "r=999.*32"),
+        ("export --model {tiny} --merge --out new", "--merge needs the adapter"),
+        ("export --model {tiny} --out {tiny}", "holds a model already"),
+        ("export --model {tiny}", "required: --out"),
+        ("nonsense", "nonsense"),
+        ("generate Hi --nonsense", "--nonsense"),
+    ],
+)
+def test_an_error_is_one_line_that_names_value_and_way_out(folder, tmp_path, capsys, words, says):
+    import re
+    import socket
+
+    (tmp_path / "text.txt").write_text("Some words to learn. " * 100)
+    records = [{"instruction": "Hi", "output": "Hello"}, {"instruction": "Bye"}]
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    (tmp_path / "good.json").write_text(json.dumps(records[:1]))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"tiny": folder, "text": "text.txt", "bad": "bad.json", "good": "good.json", "busy": taken.getsockname()[1]}
+        line = [w.format(**names, long="x" * 300, blank="  ") for w in words.split()]
+        assert run(*line) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("minigpt: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert re.search(says.format(**names) if "{busy}" in says else says, err), err
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(ValueError, match="top_p=2"):
+        main(["generate", "Hi", "--model", str(folder), "--top-p", "2", "--debug"])
+
+
+def test_ctrl_c_is_not_a_traceback(folder, capsys, monkeypatch):
+    import minigpt_lib.cli as cli
+
+    def interrupted(args):
+        raise KeyboardInterrupt("stopped after 3 of 9 steps; saved x: go on with resume=True")
+
+    monkeypatch.setattr(cli, "run_generate", interrupted)
+    assert run("generate", "Hi") == 130
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+# --- generate
+
+
+def test_generate_prints_the_prompt_and_what_the_library_generates(folder, capsys):
+    assert run("generate", "Once upon", "--model", folder, "--temperature", 0, "--max-new-tokens", 30) == 0
+    out = capsys.readouterr()
+    models = ChatModels.load(folder, None, "cpu")
+    idx = torch.tensor([models.enc.encode("Once upon")])
+    ids = generate(models.base, idx, 30, temperature=0, stop_ids=(models.enc.eot_token,))[0].tolist()
+    assert out.out == models.enc.decode([i for i in ids if i != models.enc.eot_token]) + "\n" and out.err == ""
+
+
+def test_generate_answers_with_the_adapter_in_the_folder(folder, capsys):
+    assert run("generate", "Who are you?", "--chat", "--model", folder, "--temperature", 0, "--max-new-tokens", 20) == 0
+    tuned = ChatModels.load(folder, device="cpu")
+    assert capsys.readouterr().out == reply(tuned.tuned, tuned.enc, "Who are you?", 20) + "\n"
+    assert run("generate", "Who are you?", "--chat", "--adapter", "none", "--model", folder, "--temperature", 0,
+               "--max-new-tokens", 20) == 0
+    assert capsys.readouterr().out == reply(tuned.base, tuned.enc, "Who are you?", 20) + "\n"
+
+
+def test_a_seed_repeats_and_the_cache_changes_nothing_but_the_time(folder, capsys, seed):
+    texts = []
+    for more in (["--seed", seed], ["--seed", seed], ["--seed", seed, "--no-cache"], ["--seed", seed + 1], []):
+        assert run("generate", "Hi", "--model", folder, "--temperature", 1.5, "--top-k", 0, "--top-p", 1, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] and len(set(texts)) == 3
+
+
+def test_the_prompt_may_come_from_stdin(folder, capsys, monkeypatch):
+    for words in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("From a pipe\n"))
+        assert run("generate", *words, "--model", folder, "--max-new-tokens", 3) == 0
+        assert capsys.readouterr().out.startswith("From a pipe")
+
+
+def test_stats_and_a_full_context_are_told_on_stderr(folder, capsys):
+    assert run("generate", "x" * 250, "--model", folder, "--top-k", 5, "--stats") == 0
+    err = capsys.readouterr().err
+    assert "stopped after 6 tokens, as all 256 positions are used" in err and "6 tokens, " in err and "tokens/s" in err
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    command = [sys.executable, "-m", "minigpt_lib.cli", "generate", "Hi", "--model", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(120) == 0 and err == ""
+
+
+# --- pretrain, finetune, export
+
+
+def test_pretrain_writes_a_model_its_record_and_its_curve(folder, tmp_path, capsys):
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    byte_encoding(shape)
+    (shape / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "train.txt").write_text("<|endoftext|>\n".join(f"{n} and {n} make {2 * n}.\n" for n in range(300)))
+    (tmp_path / "heldout.txt").write_text("7 and 8 make 15. " * 40)
+    words = ["pretrain", "--model", shape, "--data", "train.txt", "--out", "new", "--steps", 12, "--batch-size", 4, "--window", 32]
+    assert run(*words, "--lr", 0.01, "--seed", 5) == 0
+    assert "new holds the model, held-out loss" in capsys.readouterr().out
+    new = load_pretrained("new")
+    assert new.config == TINY
+    facts = json.loads(Path("new/training.json").read_text())
+    assert set(facts) >= {"command", "seed", "config", "train", "history", "heldout_loss", "facts", "minutes", "machine"}
+    assert facts["command"].startswith("minigpt pretrain --model") and "--seed 5" in facts["command"] and facts["seed"] == 5
+    assert facts["config"]["n_embd"] == 32 and facts["train"]["steps"] == 12 and facts["facts"] is None
+    losses = [step["loss"] for step in facts["history"]]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert 0 < facts["heldout_loss"] < losses[0] + 1
+    assert Path("new/loss.png").read_bytes().startswith(b"\x89PNG") and not Path("new/checkpoint.pt").exists()
+    assert {p.name for p in Path("new").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.tiktoken"}
+    assert run("generate", "7 and 8", "--model", "new", "--max-new-tokens", 3) == 0
+    assert run(*words) == 2 and "already" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.txt").write_text("One two three four five. " * 300)
+    words = ["pretrain", "--model", folder, "--data", "train.txt", "--steps", 8, "--batch-size", 2, "--window", 16]
+    assert run(*words, "--out", "whole") == 0
+    import minigpt_lib.training as training
+
+    step, done = training.train_step, []
+
+    def stopping(*args, **kwargs):
+        done.append(1)
+        if len(done) == 4:  # as Ctrl-C would, in the middle of the run
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", stopping)
+    assert run(*words, "--out", "parts") == 130
+    assert "--resume" in capsys.readouterr().err and Path("parts/checkpoint.pt").exists()
+    monkeypatch.setattr(training, "train_step", step)
+    assert run(*words, "--out", "parts") == 2 and "add --resume" in capsys.readouterr().err
+    assert run(*words, "--out", "parts", "--resume") == 0
+    whole, parts = (load_file(f"{name}/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_finetune_writes_an_adapter_that_chat_and_peft_find(folder, tmp_path, capsys):
+    records = [{"instruction": f"Say {w}.", "output": w} for w in ("yes", "no", "one", "two", "red", "blue")]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    words = ["finetune", "--model", folder, "--data", "train.json", "--epochs", 4, "--batch-size", 3, "--r", 2]
+    assert run(*words, "--out", "adapter") == 0
+    assert f"minigpt chat --model {folder} --adapter adapter" in capsys.readouterr().out
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert config["r"] == 2 and config["base_model_name_or_path"] == str(folder)
+    facts = json.loads(Path("adapter/training.json").read_text())
+    assert facts["records"] == 6 and facts["heldout_loss"] > 0 and len(facts["history"]) == 8
+    tuned = load_adapter(load_pretrained(folder), "adapter")
+    assert lora_layers(tuned) and ChatModels.load(folder, "adapter", "cpu").tuned is not None
+    assert run(*words[:-2], "--full", "--steps", 3, "--out", "full") == 0
+    assert not lora_layers(load_pretrained("full"))
+    before, after = load_file(folder / "model.safetensors"), load_file("full/model.safetensors")
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_finetune_chooses_where_to_write_by_the_models_name(folder, tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "Hi", "output": "Hello"}]))
+    assert run("finetune", "--model", folder, "--data", "train.json", "--steps", 1) == 0
+    assert (tmp_path / "runs" / "tiny-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_export_merges_what_transformers_then_computes(folder, seed):
+    transformers = pytest.importorskip("transformers", reason="the oracle is Transformers")
+    assert run("export", "--model", folder, "--adapter", folder / "adapter", "--merge", "--out", "merged") == 0
+    oracle = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+    tuned = ChatModels.load(folder, device="cpu").tuned
+    idx = torch.randint(256, (2, 30))
+    with torch.no_grad():
+        gap = (oracle(idx).logits - tuned(idx)[0]).abs().max().item()
+    assert gap <= 1e-4, gap
+    alone = ChatModels.load("merged", device="cpu")
+    assert alone.tuned is alone.base
+
+
+def test_export_without_merging_keeps_base_and_adapter_apart(folder, seed, capsys):
+    assert run("export", "--model", folder, "--adapter", folder / "adapter", "--out", "pair") == 0
+    before, after = load_file(folder / "model.safetensors"), load_file("pair/model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    ours, theirs = ChatModels.load("pair", device="cpu"), ChatModels.load(folder, device="cpu")
+    idx = torch.randint(257, (1, 20))
+    assert ours.tuned is not ours.base and torch.equal(ours.tuned(idx)[0], theirs.tuned(idx)[0])
+
+
+def test_export_of_a_model_alone_round_trips(folder):
+    assert run("export", "--model", folder, "--out", "copy") == 0
+    again = save_pretrained(load_pretrained("copy"), "again", byte_encoding(folder))
+    for name in ("config.json", "model.safetensors", "tokenizer.tiktoken"):
+        assert Path("copy", name).read_bytes() == (again / name).read_bytes()
+
+
+# --- chat
+
+
+def test_chat_serves_the_page_until_it_is_interrupted(folder):
+    import signal
+    import urllib.request
+
+    pytest.importorskip("gradio", reason="the chat app needs Gradio")
+    command = [sys.executable, "-u", "-m", "minigpt_lib.cli", "chat", "--model", str(folder), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        address = line.split()[3]
+        assert line.startswith("MiniGPT is at http://127.0.0.1:") and "Ctrl-C" in line
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert page.status == 200 and "MiniGPT" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130) and "Traceback" not in process.stderr.read()

@@ -1,0 +1,489 @@
+"""LoRA against PEFT, against the written-out formula, and against bad input."""
+
+import copy
+import json
+import math
+import random
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+from minigpt_lib.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    count_trainable,
+    load_adapter,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    read_adapter_config,
+    remove_lora,
+    save_adapter,
+    unmerge_lora,
+)
+from minigpt_lib.model import GPTConfig, GPTLanguageModel
+from minigpt_lib.weights import to_hf_state
+
+SHAPE = {"vocab_size": 61, "n_ctx": 24, "n_embd": 24, "n_layer": 2, "n_head": 3}
+TARGETS = [("c_attn",), ("c_attn", "mlp.c_proj"), ("c_attn", "c_proj", "c_fc"), ("attn.c_proj", "c_fc")]
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def model(seed) -> GPTLanguageModel:
+    return GPTLanguageModel(GPTConfig(**SHAPE)).eval()
+
+
+@pytest.fixture
+def idx(seed) -> torch.Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (3, 11))
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Fill every A and B, of this library or of PEFT, so that no update is zero by accident."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.3)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, idx: torch.Tensor) -> torch.Tensor:
+    out = model(idx)
+    return out[0] if isinstance(out, tuple) else out.logits
+
+
+def hf_twin(model: GPTLanguageModel) -> transformers.GPT2LMHeadModel:
+    config = transformers.GPT2Config(
+        vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["n_ctx"], n_embd=SHAPE["n_embd"], n_layer=SHAPE["n_layer"],
+        n_head=SHAPE["n_head"], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    twin = transformers.GPT2LMHeadModel(config).eval()
+    twin.transformer.load_state_dict(to_hf_state(model.state_dict()))
+    return twin
+
+
+def assert_close_but_moved(a: torch.Tensor, b: torch.Tensor, base: torch.Tensor, tol: float = 1e-5) -> None:
+    worst, moved = (a - b).abs().max().item(), (a - base).abs().max().item()
+    assert worst <= tol, f"largest difference {worst:.1e}"
+    assert moved > 100 * tol, f"the adapter changed nothing: {moved:.1e}"
+
+
+# ---- the layer
+
+
+def test_layer_is_the_formula(seed):
+    n_in, n_out, r, alpha = random.randint(5, 30), random.randint(5, 30), random.randint(2, 5), random.uniform(1, 40)
+    linear = nn.Linear(n_in, n_out)
+    layer = shake(LoRALinear(linear, LoRAConfig(r, alpha)))
+    x = torch.randn(2, 4, n_in)
+    rows = []
+    for v in x.view(-1, n_in):  # one vector at a time, in double precision
+        a = layer.lora_A.detach().double() @ v.double()  # (r,)
+        update = alpha / r * (layer.lora_B.detach().double() @ a)  # (out,)
+        rows.append(linear.weight.detach().double() @ v.double() + linear.bias.detach().double() + update)
+    want = torch.stack(rows).view(2, 4, n_out).float()
+    assert_close_but_moved(layer(x).detach(), want, linear(x).detach(), tol=2e-5)
+    assert layer.lora_A.shape == (r, n_in) and layer.lora_B.shape == (n_out, r)
+    by_delta = F.linear(x, linear.weight + layer.delta(), linear.bias)
+    assert torch.allclose(layer(x), by_delta, atol=2e-5)
+
+
+def test_layer_starts_as_the_base_and_shares_its_tensors(seed):
+    linear = nn.Linear(7, 9, bias=bool(seed % 2))
+    layer = LoRALinear(linear, LoRAConfig(3, 6, dropout=0.4))
+    x = torch.randn(5, 7)
+    assert torch.equal(layer(x), linear(x))  # in training mode too
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    bound = 1 / math.sqrt(7)
+    assert 0 < layer.lora_A.abs().max() <= bound and not layer.lora_B.any()
+
+
+def test_a_is_drawn_as_peft_draws_it(seed):
+    layer = LoRALinear(nn.Linear(400, 100), LoRAConfig(64))
+    bound = 1 / math.sqrt(400)
+    assert layer.lora_A.abs().max() <= bound and layer.lora_A.abs().max() > 0.98 * bound
+    assert abs(layer.lora_A.std().item() / (bound / math.sqrt(3)) - 1) < 0.03
+
+
+def test_dropout_only_on_the_branch(seed):
+    linear = nn.Linear(16, 12)
+    layer = LoRALinear(linear, LoRAConfig(4, 4, dropout=0.5)).train()
+    x = torch.randn(6, 16)
+    for _ in range(5):  # with an empty branch nothing random is left
+        assert torch.equal(layer(x), linear(x))
+    shake(layer)
+    with torch.no_grad():
+        torch.manual_seed(seed)
+        got = layer(x)
+        torch.manual_seed(seed)
+        dropped = F.dropout(x, 0.5)
+        want = linear(x) + layer.scaling * (dropped @ layer.lora_A.T @ layer.lora_B.T)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_branch_is_kept_in_float32_beside_half_precision(seed):
+    linear = nn.Linear(16, 12).to(torch.bfloat16)
+    layer = shake(LoRALinear(linear, LoRAConfig(4)))
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert layer(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_added_adapter_changes_nothing_yet(model, idx, targets):
+    before, names = logits(model, idx), dict(model.named_parameters())
+    assert add_lora(model, r=3, alpha=5, dropout=0.3, targets=targets) is model
+    assert torch.equal(logits(model, idx), before)
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in names.items())  # base names and tensors stay
+    assert set(after) - set(names) == set(lora_parameters(model))
+
+
+def test_only_a_and_b_are_trained(model, idx):
+    add_lora(model, r=4, targets=("c_attn", "c_fc"))
+    shake(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(idx, idx)[1].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and p.grad.any()) == ("lora_" in name), name
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != ("lora_" in name), name
+
+
+def test_gradients_equal_pefts(model, idx):
+    add_lora(model, r=3, alpha=11, targets=("c_attn", "c_fc"))
+    shake(model)
+    wanted = peft.LoraConfig(r=3, lora_alpha=11, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM")
+    twin = hf_twin(remove_lora(copy.deepcopy(model)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(twin, wanted)
+    mine = lora_parameters(model)
+    pairs = {
+        name: theirs.get_parameter(f"base_model.model.transformer.{name}.default.weight") for name in mine
+    }
+    with torch.no_grad():
+        for name, p in pairs.items():
+            p.copy_(mine[name])
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    theirs(idx, labels=idx).loss.backward()
+    for name, p in pairs.items():
+        assert torch.allclose(mine[name].grad, p.grad, atol=1e-5), name
+        assert mine[name].grad.abs().max() > 1e-4, name
+
+
+def test_gpt2_counts():
+    with torch.device("meta"):
+        gpt2 = GPTLanguageModel(GPTConfig.preset("gpt2"))
+        untied = gpt2.num_parameters(tied=False)
+        trained, total = count_trainable(add_lora(gpt2, r=8))
+    assert (trained, total, untied) == (294_912, 124_734_720, 163_037_184)
+    assert f"{trained / total:.4%}" == "0.2364%" and f"{trained / untied:.3%}" == "0.181%"
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_counts_are_r_times_in_plus_out(model, seed, targets):
+    r = random.randint(1, 24)
+    base = model.num_parameters()
+    add_lora(model, r=r, targets=targets)
+    want = sum(r * (m.in_features + m.out_features) for m in lora_layers(model).values())
+    assert count_trainable(model) == (want, base + want)
+
+
+def test_suffixes_match_as_in_peft(model):
+    for targets in TARGETS:
+        mine = set(lora_layers(add_lora(copy.deepcopy(model), r=2, targets=targets)))
+        wanted = peft.LoraConfig(r=2, target_modules=list(targets), task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = peft.get_peft_model(hf_twin(model), wanted)
+        names = {name for name, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        assert mine == {name.removeprefix("base_model.model.transformer.") for name in names}
+
+
+def test_one_target_as_a_string(model):
+    assert set(lora_layers(add_lora(model, 2, targets="c_fc"))) == {"h.0.mlp.c_fc", "h.1.mlp.c_fc"}
+
+
+# ---- merge, unmerge, switch off
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_merge_and_unmerge(model, idx, targets):
+    base = logits(model, idx)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    add_lora(model, r=3, alpha=random.uniform(1, 20), targets=targets)
+    with_lora = logits(shake(model), idx)
+    merge_lora(model)
+    assert_close_but_moved(logits(model, idx), with_lora, base, tol=5e-5)
+    with lora_disabled(model):
+        assert torch.equal(logits(model, idx), base)
+    unmerge_lora(model)
+    assert torch.equal(logits(model, idx), with_lora)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in weights.items())
+
+
+def test_merge_equals_pefts_merge(model, idx, tmp_path):
+    base = logits(model, idx)
+    twin = hf_twin(model)
+    shake(add_lora(model, r=4, alpha=9, targets=("c_attn", "c_proj")))
+    save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(twin, tmp_path).merge_and_unload().eval()
+    assert_close_but_moved(logits(merge_lora(model), idx), logits(theirs, idx), base)
+
+
+def test_merge_in_half_precision_rounds_once(model):
+    model.to(torch.bfloat16)
+    shake(add_lora(model, r=4))
+    for layer in lora_layers(model).values():
+        want = (layer.weight.double() + layer.delta().double()).to(torch.bfloat16)
+        layer.want = want
+    merge_lora(model)
+    for layer in lora_layers(model).values():
+        assert (layer.weight == layer.want).float().mean() > 0.999  # float32 and float64 sums round alike but for ties
+    unmerge_lora(model)
+
+
+def test_disabled_comes_back_also_after_an_error(model, idx):
+    base = logits(model, idx)
+    shake(add_lora(model, r=2))
+    tuned = logits(model, idx)
+    with pytest.raises(RuntimeError), lora_disabled(model), lora_disabled(model):
+        assert torch.equal(logits(model, idx), base)
+        raise RuntimeError
+    assert torch.equal(logits(model, idx), tuned) and not torch.equal(tuned, base)
+
+
+def test_remove(model, idx):
+    base, weights = logits(model, idx), {name: p.clone() for name, p in model.named_parameters()}
+    shake(add_lora(model, r=2))
+    merged = logits(merge_lora(copy.deepcopy(model)), idx)
+    baked = remove_lora(merge_lora(copy.deepcopy(model)), keep_merged=True)
+    assert torch.equal(logits(baked, idx), merged) and not torch.equal(merged, base)
+    for plain in (remove_lora(copy.deepcopy(model)), remove_lora(merge_lora(model))):
+        assert not lora_layers(plain) and torch.equal(logits(plain, idx), base)
+        assert all(torch.equal(plain.get_parameter(name), p) for name, p in weights.items())
+        assert all(p.requires_grad for p in plain.parameters())
+        assert plain.lm_head.weight is plain.wte.weight
+        add_lora(plain, r=2)  # a fresh adapter is possible again
+
+
+# ---- the file format
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_peft_reads_ours(model, idx, tmp_path, targets):
+    base, twin = logits(model, idx), hf_twin(model)
+    shake(add_lora(model, r=random.randint(1, 8), alpha=random.uniform(1, 30), dropout=0.1, targets=targets))
+    save_adapter(model, tmp_path, base_name="openai-community/gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    assert_close_but_moved(logits(model, idx), logits(theirs, idx), base)
+    assert theirs.peft_config["default"].base_model_name_or_path == "openai-community/gpt2"
+    assert theirs.peft_config["default"].fan_in_fan_out is True
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_we_read_pefts(model, idx, tmp_path, targets, rslora):
+    wanted = peft.LoraConfig(
+        r=random.randint(1, 8), lora_alpha=random.randint(1, 30), target_modules=list(targets), task_type="CAUSAL_LM",
+        use_rslora=rslora,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = shake(peft.get_peft_model(hf_twin(model), wanted)).eval()
+        theirs.save_pretrained(tmp_path)
+    base = logits(model, idx)
+    load_adapter(model, tmp_path)
+    assert_close_but_moved(logits(model, idx), logits(theirs, idx), base)
+
+
+def test_file_layout_and_round_trip(model, idx, tmp_path):
+    plain = copy.deepcopy(model)
+    shake(add_lora(model, r=3, alpha=7, dropout=0.25, targets=("c_attn", "attn.c_proj")))
+    assert save_adapter(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    files = sorted(p.name for p in (tmp_path / "new" / "folder").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    tensors = load_file(tmp_path / "new" / "folder" / "adapter_model.safetensors")
+    C = SHAPE["n_embd"]
+    key = "base_model.model.transformer.h.1.attn.c_attn.lora_{}.weight"
+    assert tensors[key.format("A")].shape == (3, C) and tensors[key.format("B")].shape == (3 * C, 3)
+    assert len(tensors) == 8
+    again = load_adapter(plain, tmp_path / "new" / "folder")
+    assert torch.equal(logits(again, idx), logits(model, idx)) and again.lora_config == model.lora_config
+    assert set(lora_parameters(again)) == {name for name, p in again.named_parameters() if p.requires_grad}
+
+
+def test_saving_while_merged_gives_the_same_file(model, tmp_path):
+    shake(add_lora(model, r=3))
+    save_adapter(model, tmp_path / "a")
+    save_adapter(merge_lora(model), tmp_path / "b")
+    a, b = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in "ab")
+    assert a == b
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"r": 0}, "r=0"),
+        ({"r": -3}, "r=-3"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"r": 25}, r"r=25 .*min\(in, out\)=24"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"alpha": math.inf}, "alpha=inf"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": ("c_attn", "q_proj")}, "'q_proj' matches no linear layer.*c_attn"),
+        ({"targets": ("attn",)}, "'attn' matches no linear layer"),
+        ({"targets": ("lm_head",)}, "shares its matrix with the token embedding"),
+    ],
+)
+def test_bad_arguments_leave_the_model_alone(model, idx, arguments, words):
+    before = logits(model, idx)
+    with pytest.raises(ValueError, match=words):
+        add_lora(model, **arguments)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(model, idx), before)
+
+
+def test_wrong_order_of_calls(model, idx):
+    for call in (merge_lora, unmerge_lora, remove_lora, lambda m: save_adapter(m, "nowhere")):
+        with pytest.raises(ValueError, match="no LoRA layers"):
+            call(model)
+    with pytest.raises(ValueError, match="no LoRA layers"), lora_disabled(model):
+        pass
+    shake(add_lora(model, r=2))
+    with pytest.raises(ValueError, match="already has LoRA"):
+        add_lora(model, r=2)
+    for call in (unmerge_lora, lambda m: remove_lora(m, keep_merged=True)):
+        with pytest.raises(ValueError, match="merge"):
+            call(model)
+    merged = logits(merge_lora(model), idx)
+    with pytest.raises(ValueError, match="merged already"):
+        merge_lora(model)
+    assert torch.equal(logits(model, idx), merged)
+
+
+def test_merging_numbers_that_are_not_finite_is_refused(model, idx):
+    shake(add_lora(model, r=2))
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
+    with torch.no_grad():
+        model.h[1].attn.c_attn.lora_B[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"h\.1\.attn\.c_attn .*not finite"):
+        merge_lora(model)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
+    assert not any(layer.merged for layer in lora_layers(model).values())
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    """A folder with a sound adapter, and the plain model that it fits."""
+    save_adapter(shake(add_lora(copy.deepcopy(model), r=3)), tmp_path)
+    return tmp_path
+
+
+def change_config(folder, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"h.0": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["wte"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": "c_.*"}, "target_modules is 'c_.*'"),
+        ({"target_modules": ["q_proj"]}, "'q_proj' matches no linear layer"),
+        ({"r": 0}, "r=0"),
+        ({"r": 4}, r"shape \(3, 24\).*needs \(4, 24\)"),
+        ({"target_modules": ["c_attn", "c_fc"]}, "4 tensors missing.*c_fc"),
+    ],
+)
+def test_adapters_that_do_not_fit(model, adapter, changes, words):
+    change_config(adapter, **changes)
+    with pytest.raises(ValueError, match=words):
+        load_adapter(model, adapter)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_damaged_adapter_files(model, adapter):
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        load_adapter(model, adapter)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors does not exist"):
+        load_adapter(model, adapter)
+    config.write_text('{"peft_type": ')
+    with pytest.raises(ValueError, match="not JSON"):
+        load_adapter(model, adapter)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_config.json does not exist"):
+        load_adapter(model, adapter)
+    assert not lora_layers(model)
+
+
+def test_wrong_tensors(model, adapter):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = sorted(tensors)[0]
+    save_file(tensors | {"base_model.model.extra.lora_A.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="1 unexpected.*extra"):
+        load_adapter(model, adapter)
+    save_file({k: v for k, v in tensors.items() if k != first}, path)
+    with pytest.raises(ValueError, match="1 tensors missing"):
+        load_adapter(model, adapter)
+    save_file(tensors | {first: torch.full_like(tensors[first], math.nan)}, path)
+    with pytest.raises(ValueError, match="not finite"):
+        load_adapter(model, adapter)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="already has LoRA"):
+        load_adapter(load_adapter(model, adapter), adapter)
+
+
+def test_a_failed_save_leaves_the_old_files(model, adapter, monkeypatch):
+    before = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    other = shake(add_lora(copy.deepcopy(model), r=3))
+
+    def full_disk(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("minigpt_lib.lora.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(other, adapter)
+    assert {name: (adapter / name).read_bytes() for name in before} == before
+
+
+def test_reading_defaults(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["c_attn"]}')
+    assert read_adapter_config(tmp_path) == LoRAConfig(8, 8, 0.0, ("c_attn",))

@@ -1,0 +1,562 @@
+"""Loading and saving: against Transformers in both directions, and everything that must be refused."""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from minigpt_lib import weights
+from minigpt_lib.model import GPTConfig, GPTLanguageModel
+from minigpt_lib.runtime import MODEL_NAMES, ModelChoice
+from minigpt_lib.weights import (
+    HUB,
+    TRANSPOSED,
+    FetchError,
+    WeightsError,
+    config_from_hf,
+    config_to_hf,
+    fetch,
+    from_hf_state,
+    load_course_model,
+    load_pretrained,
+    parameter_shapes,
+    read_safetensors,
+    save_pretrained,
+    to_hf_state,
+)
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+CONFIG = GPTConfig(vocab_size=83, n_ctx=24, n_embd=20, n_layer=2, n_head=5, dropout=0.1)
+
+
+def random_model(config: GPTConfig = CONFIG) -> GPTLanguageModel:
+    """Every tensor random, biases and norms too, so that no tensor may be lost without being noticed."""
+    model = GPTLanguageModel(config).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.3)
+    return model
+
+
+def random_oracle(config: GPTConfig = CONFIG) -> GPT2LMHeadModel:
+    oracle = GPT2LMHeadModel(GPT2Config(**config_to_hf(config))).eval()
+    for p in oracle.parameters():
+        p.data.normal_(0, 0.3)
+    return oracle
+
+
+def tokens(config: GPTConfig = CONFIG) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (3, config.n_ctx))  # (B, T)
+
+
+@torch.no_grad()
+def largest_difference(model: GPTLanguageModel, oracle: GPT2LMHeadModel) -> float:
+    idx = tokens(model.config)
+    ours, theirs = model(idx)[0], oracle(idx).logits  # (B, T, vocab_size)
+    assert theirs.std() > 0.1  # logits that say something
+    return (ours - theirs).abs().max().item()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, seed: int) -> Path:
+    """A loadable folder with a random model."""
+    return save_pretrained(random_model(), tmp_path / "model")
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrite the folder's tensors after change(dict)."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+# ---- round trips with Transformers
+
+
+@pytest.mark.parametrize("shape", [(83, 24, 20, 2, 5), (50, 7, 12, 1, 1), (131, 40, 32, 3, 8)])
+def test_transformers_folder_loads_with_equal_logits(tmp_path, seed, shape):
+    config = GPTConfig(*shape)
+    oracle = random_oracle(config)
+    oracle.save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
+    assert model.config == config
+    assert largest_difference(model, oracle) <= 1e-5
+
+
+def test_saved_folder_opens_in_transformers_with_equal_logits(folder):
+    model = load_pretrained(folder)
+    oracle, info = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert largest_difference(model, oracle.eval()) <= 1e-5
+
+
+def test_round_trip_is_bit_exact(tmp_path, seed):
+    model = random_model()
+    again = load_pretrained(save_pretrained(model, tmp_path))
+    assert again.config == model.config
+    want = model.state_dict()
+    assert all(torch.equal(t, want[name]) for name, t in again.state_dict().items())
+    first = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).digest()
+    save_pretrained(again, tmp_path)
+    assert hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).digest() == first
+
+
+def test_trained_further_in_transformers_and_back(tmp_path, seed):
+    """The other direction of trust: what Transformers writes after reading ours is ours again."""
+    model = random_model()
+    save_pretrained(model, tmp_path / "a")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    again = load_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
+
+
+def test_file_layout_is_the_hubs(folder):
+    state = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in state and not any(name.startswith("transformer.") for name in state)
+    assert len(state) == 12 * CONFIG.n_layer + 4
+    assert state["h.1.attn.c_attn.weight"].shape == (20, 60)
+    assert state["h.1.mlp.c_fc.weight"].shape == (20, 80)
+    assert state["h.1.mlp.c_proj.weight"].shape == (80, 20)
+    hf = json.loads((folder / "config.json").read_text())
+    assert hf["activation_function"] == "gelu_new" and hf["n_positions"] == hf["n_ctx"] == 24
+
+
+def test_124m_names_and_count():
+    shapes = parameter_shapes(GPTConfig.preset("gpt2"))
+    assert len(shapes) == 148
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == 124_439_808
+
+
+@pytest.mark.parametrize("kind", TRANSPOSED)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_each_transpose_matters(seed, kind, layer):
+    """A matrix the wrong way round is refused when its shape tells, and seen in the logits when it is square."""
+    oracle = random_oracle()
+    name = f"transformer.h.{layer}.{kind}"
+    state = oracle.state_dict()
+    state[name] = state[name].t()
+    if kind != "attn.c_proj.weight":
+        with pytest.raises(WeightsError, match="nn.Linear"):
+            from_hf_state(state, CONFIG)
+        return
+    model = GPTLanguageModel(CONFIG).eval()
+    model.load_state_dict(from_hf_state(state, CONFIG), strict=False)
+    assert largest_difference(model, oracle) > 0.01
+    model.load_state_dict(from_hf_state(oracle.state_dict(), CONFIG), strict=False)
+    assert largest_difference(model, oracle) <= 1e-5
+
+
+def test_mapping_is_its_own_inverse_and_copies(seed):
+    oracle = random_oracle()
+    state = from_hf_state(oracle.state_dict(), CONFIG)
+    assert all(t.is_contiguous() for t in state.values())
+    back = to_hf_state(state)
+    given = {name.removeprefix("transformer."): t for name, t in oracle.state_dict().items() if "lm_head" not in name}
+    assert set(back) == set(given) and all(torch.equal(back[name], given[name]) for name in given)
+    before = given["wte.weight"].clone()
+    state["wte.weight"].zero_()
+    assert torch.equal(given["wte.weight"], before)  # the caller's tensors are left alone
+
+
+# ---- what the loaded model is
+
+
+def test_loaded_model_is_tied_real_trainable_and_in_eval_mode(folder):
+    model = load_pretrained(folder)
+    assert model.lm_head.weight is model.wte.weight
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert all(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+    idx = tokens()
+    model.train()(idx, idx)[1].backward()
+    assert model.wte.weight.grad.abs().sum() > 0
+
+
+def test_overwriting_the_file_leaves_the_loaded_model_alone(folder):
+    model = load_pretrained(folder)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    size = (folder / "model.safetensors").stat().st_size
+    with (folder / "model.safetensors").open("r+b") as f:
+        f.seek(size // 2)
+        f.write(bytes(size - size // 2))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_is_cast_on_request_and_kept_otherwise(folder, dtype):
+    want = load_pretrained(folder).state_dict()
+    model = load_pretrained(folder, dtype=dtype)
+    assert all(torch.equal(t, want[name].to(dtype)) for name, t in model.state_dict().items())
+    save_pretrained(model, folder)
+    assert {t.dtype for t in load_pretrained(folder).state_dict().values()} == {dtype}
+
+
+def test_prefix_mask_buffers_and_equal_head_are_accepted(folder):
+    want = load_pretrained(folder).state_dict()
+
+    def old_style(state: dict) -> None:
+        for name in list(state):
+            state["transformer." + name] = state.pop(name)
+        for i in range(CONFIG.n_layer):
+            state[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+            state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+
+    edit(folder, old_style)
+    assert all(torch.equal(t, want[name]) for name, t in load_pretrained(folder).state_dict().items())
+
+
+# ---- what must be refused: tensors
+
+
+def put(name: str, t: torch.Tensor):
+    return lambda state: state.__setitem__(name, t)
+
+
+def poke(name: str, value: float):
+    return lambda state: state[name].view(-1).__setitem__(-1, value)
+
+
+BAD_TENSORS = {
+    "missing": (lambda s: s.pop("h.1.ln_2.bias"), ["missing", "h.1.ln_2.bias"]),
+    "missing embedding": (lambda s: s.pop("wte.weight"), ["missing", "wte.weight"]),
+    "extra layer": (put("h.2.ln_1.weight", torch.ones(20)), ["unknown", "h.2.ln_1.weight"]),
+    "unknown": (put("h.0.attn.rotary", torch.ones(3)), ["unknown", "h.0.attn.rotary"]),
+    "lora left over": (put("h.0.attn.c_attn.lora_A", torch.ones(3)), ["unknown", "lora_A"]),
+    "shape": (put("h.0.ln_1.weight", torch.ones(21)), ["h.0.ln_1.weight", "(21,)", "(20,)"]),
+    "broadcastable shape": (put("h.0.ln_1.bias", torch.ones(1)), ["h.0.ln_1.bias", "(1,)", "(20,)"]),
+    "vocabulary": (put("wte.weight", torch.ones(84, 20)), ["wte.weight", "(84, 20)", "(83, 20)"]),
+    "(out, in)": (put("h.0.mlp.c_fc.weight", torch.ones(80, 20)), ["h.0.mlp.c_fc.weight", "(80, 20)", "(20, 80)"]),
+    "integers": (put("h.0.ln_1.bias", torch.ones(20, dtype=torch.int64)), ["h.0.ln_1.bias", "torch.int64"]),
+    "mixed": (put("h.1.ln_1.bias", torch.ones(20).half()), ["h.1.ln_1.bias", "torch.float16", "dtype=torch.float32"]),
+    "nan": (poke("h.1.attn.c_proj.weight", float("nan")), ["h.1.attn.c_proj.weight", "1 value", "NaN"]),
+    "inf": (poke("ln_f.bias", float("inf")), ["ln_f.bias", "infinite"]),
+    "untied head": (put("lm_head.weight", torch.ones(83, 20)), ["lm_head.weight", "wte.weight", "tied"]),
+    "head of another shape": (put("lm_head.weight", torch.ones(80, 20)), ["lm_head.weight", "tied"]),
+    "twice": (put("transformer.ln_f.bias", torch.ones(20)), ["ln_f.bias", "twice"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors_are_refused_by_name(folder, case):
+    change, words = BAD_TENSORS[case]
+    edit(folder, change)
+    with pytest.raises(WeightsError) as caught:
+        load_pretrained(folder)
+    assert all(word in str(caught.value) for word in [*words, "model.safetensors"]), caught.value
+
+
+def test_mixed_dtypes_load_when_a_cast_is_asked_for(folder):
+    edit(folder, put("h.1.ln_1.bias", torch.ones(20).half()))
+    assert {p.dtype for p in load_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+# ---- what must be refused: files
+
+
+def test_missing_files(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*pytorch_model\.bin"):
+        load_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_truncated_file_says_so(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match="cut off") as caught:
+        load_pretrained(folder)
+    assert str(path) in str(caught.value) and str(path.stat().st_size) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html>\n<html><head><title>Login</title></head></html>", "web page"),
+        (b"\n  <HTML><body>Not found</body></HTML>" + bytes(5000), "web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n", "Git LFS"),
+        (b"PK\x03\x04" + bytes(4000), "not a safetensors file"),
+        (b'{"error": "gated model"}' + bytes(50), "not a safetensors file"),
+        ((40).to_bytes(8, "little") + b"{" + b"x" * 39 + bytes(100), "damaged"),
+    ],
+)
+def test_other_content_under_the_right_name(folder, content, words):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match=words) as caught:
+        read_safetensors(folder / "model.safetensors")
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", range(0, 9))
+def test_any_prefix_of_a_file_is_refused_with_a_reason(folder, cut):
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[: len(raw) * cut // 9 - (cut == 9)])
+    with pytest.raises(WeightsError, match="cut off"):
+        read_safetensors(folder / "model.safetensors")
+
+
+# ---- the config
+
+
+def test_config_survives_the_round_trip(seed):
+    config = GPTConfig(61, 17, 24, 3, 4, 0.25, 1e-6)
+    assert config_from_hf(config_to_hf(config)) == config
+    assert config_from_hf(GPT2Config(**config_to_hf(config)).to_dict()) == config
+
+
+def test_config_defaults_are_transformers_own():
+    assert config_from_hf(GPT2Config().to_dict()) == GPTConfig.preset("gpt2", dropout=0.1)
+    hub = {"vocab_size": 50257, "n_ctx": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # without n_positions
+    assert config_from_hf(hub) == GPTConfig.preset("gpt2", dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"activation_function": "relu"}, ["activation_function='relu'", "gelu_new"]),
+        ({"activation_function": "gelu"}, ["activation_function='gelu'", "gelu_new"]),
+        ({"model_type": "llama"}, ["llama", "gpt2"]),
+        ({"n_inner": 99}, ["n_inner=99", "80"]),
+        ({"tie_word_embeddings": False}, ["tie_word_embeddings=False"]),
+        ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
+        ({"scale_attn_weights": False}, ["scale_attn_weights=False"]),
+        ({"n_head": 3}, ["n_embd=20", "n_head=3"]),
+        ({"n_layer": None}, ["config.json"]),
+        ({"n_embd": "20"}, ["config.json"]),
+    ],
+)
+def test_configs_of_other_models_are_refused(folder, change, words):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(WeightsError) as caught:
+        load_pretrained(folder)
+    assert all(word in str(caught.value) for word in [*words, str(path)]), caught.value
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "<html></html>", '{"n_embd": 20}'])
+def test_config_that_is_no_gpt2_config(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load_pretrained(folder)
+
+
+def test_config_that_contradicts_the_tensors(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_positions": 32, "n_ctx": 32}))
+    with pytest.raises(WeightsError, match=r"wpe\.weight has shape \(24, 20\).*\(32, 20\)"):
+        load_pretrained(folder)
+
+
+def test_different_dropout_rates_warn():
+    with pytest.warns(UserWarning, match="dropout"):
+        config = config_from_hf(config_to_hf(CONFIG) | {"attn_pdrop": 0.0})
+    assert config.dropout == 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_from_hf(config_to_hf(CONFIG))
+
+
+# ---- saving
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("step", ["save_file", "replace"])
+def test_a_crash_while_saving_leaves_the_old_model(folder, monkeypatch, step):
+    before = files_in(folder)
+
+    def half(tensors, path, metadata=None) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    def no(*args) -> None:
+        raise OSError("killed")
+
+    if step == "save_file":
+        monkeypatch.setattr(weights, "save_file", half)
+    else:
+        monkeypatch.setattr(os, "replace", no)
+    with pytest.raises(OSError, match="disk full|killed"):
+        save_pretrained(random_model(), folder)
+    monkeypatch.undo()
+    assert files_in(folder) == before
+    load_pretrained(folder)
+
+
+def test_a_crash_while_saving_into_a_new_folder_leaves_no_model(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(weights, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(random_model(), tmp_path / "new")
+    assert files_in(tmp_path) == {}
+
+
+def test_both_files_have_the_same_permissions(folder):
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_other_files_in_the_folder_are_left_alone(folder):
+    (folder / "training.json").write_text("{}")
+    save_pretrained(random_model(), folder)
+    assert set(files_in(folder)) == {"config.json", "model.safetensors", "training.json"}
+
+
+def test_nothing_is_saved_that_could_not_be_loaded(tmp_path, seed):
+    model = random_model()
+    model.ln_f.bias.data[3] = float("nan")
+    with pytest.raises(WeightsError, match=r"ln_f\.bias"):
+        save_pretrained(model, tmp_path / "nan")
+    model = random_model()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(83, 20))
+    with pytest.raises(WeightsError, match="tied"):
+        save_pretrained(model, tmp_path / "untied")
+    assert files_in(tmp_path) == {}
+
+
+def test_unmerged_lora_is_refused_and_merged_lora_saved(tmp_path, seed):
+    lora = pytest.importorskip("minigpt_lib.lora")
+    model = lora.add_lora(random_model(), r=2)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(0, 0.3)
+    idx = tokens()
+    with torch.no_grad():
+        want = model.eval()(idx)[0]
+    with pytest.raises(WeightsError, match="merge_lora"):
+        save_pretrained(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    save_pretrained(lora.merge_lora(model), tmp_path / "lora")
+    with torch.no_grad():
+        assert (load_pretrained(tmp_path / "lora")(idx)[0] - want).abs().max() <= 1e-4
+
+
+def test_tokenizer_travels_with_the_model(tmp_path, seed):
+    from minigpt_lib.tokenizer import load_tokenizer
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+    enc = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    config = GPTConfig(259, 8, 12, 1, 2)
+    save_pretrained(random_model(config), tmp_path, enc)
+    again = load_tokenizer(tmp_path)
+    text = "the other thing, naïve 東京"
+    assert again.encode_ordinary(text) == enc.encode_ordinary(text) and again.eot_token == 258
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert hf["eos_token_id"] == hf["bos_token_id"] == 258
+    with pytest.raises(WeightsError, match=r"259 .*vocab_size=83"):
+        save_pretrained(random_model(), tmp_path / "small", enc)
+
+
+# ---- names, downloads, fallback
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="gpt3") as caught:
+        load_pretrained("gpt3")
+    assert all(name in str(caught.value) for name in MODEL_NAMES)
+    with pytest.raises(ValueError, match="mini") as caught:
+        fetch("mini")
+    assert "gpt2-xl" in str(caught.value)
+
+
+def fake_hub(monkeypatch, folder: Path | None, calls: list) -> None:
+    def hf_hub_download(repo_id, filename, *, revision):
+        calls.append((repo_id, filename, revision))
+        if folder is None:
+            raise OSError("no route to host")
+        return str(folder / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+
+
+def test_fetch_asks_for_the_pinned_revision_and_checks_the_hash(folder, monkeypatch):
+    calls: list = []
+    fake_hub(monkeypatch, folder, calls)
+    with pytest.raises(WeightsError, match="SHA-256") as caught:
+        load_pretrained("gpt2")
+    assert HUB["gpt2"][2] in str(caught.value) and "delete" in str(caught.value)
+    assert {c[2] for c in calls} == {"607a30d783dfa663caf39e06633721c8d4cfcd7e"}
+    assert {c[1] for c in calls} == {"config.json", "model.safetensors"}
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setitem(HUB, "gpt2", (*HUB["gpt2"][:2], digest))
+    assert load_pretrained("gpt2").config == CONFIG
+
+
+def test_large_files_are_checked_against_the_name_the_cache_gives_them(folder, monkeypatch, tmp_path):
+    """The hub's cache stores a file as blobs/<sha256> and links to it: models without a pinned hash are checked too."""
+    raw = (folder / "model.safetensors").read_bytes()
+    blob = tmp_path / hashlib.sha256(raw).hexdigest()
+    blob.write_bytes(raw)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(blob)
+    fake_hub(monkeypatch, folder, [])
+    assert load_pretrained("gpt2-medium").config == CONFIG
+    blob.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(WeightsError, match="SHA-256"):
+        load_pretrained("gpt2-medium")
+
+
+def test_failed_download_says_what_was_tried_and_what_to_do(monkeypatch):
+    fake_hub(monkeypatch, None, [])
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    with pytest.raises(FetchError) as caught:
+        load_pretrained("gpt2")
+    words = ("openai-community/gpt2", "607a30d7", "https://mirror.example", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE")
+    assert all(word in str(caught.value) for word in (*words, "folder")), caught.value
+
+
+def test_without_the_hub_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"minigpt-lib\[course\]"):
+        fetch("gpt2")
+
+
+@pytest.fixture
+def mini_data(tmp_path, seed, monkeypatch) -> Path:
+    """A data folder with a small stand-in for mini."""
+    ranks = {bytes([i]): i for i in range(256)}
+    enc = tiktoken.Encoding("mini", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    save_pretrained(random_model(GPTConfig(257, 8, 12, 1, 2)), tmp_path / "data" / "mini", enc)
+    monkeypatch.setenv("MINIGPT_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_course_model_falls_back_to_mini_with_one_line(mini_data, monkeypatch, capsys):
+    fake_hub(monkeypatch, None, [])
+    model, enc = load_course_model(ModelChoice("gpt2", asked=False))
+    assert (model.config.vocab_size, enc.n_vocab) == (257, 257)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "gpt2" in printed and "mini" in printed
+    with pytest.raises(FetchError):
+        load_course_model(ModelChoice("gpt2", asked=True))
+
+
+def test_course_model_loads_mini_silently_and_a_damaged_one_not_at_all(mini_data, capsys):
+    model, enc = load_course_model(ModelChoice("mini", asked=False))
+    assert enc.eot_token == 256 and not model.training and capsys.readouterr().out == ""
+    (mini_data / "mini" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        load_course_model(ModelChoice("mini", asked=False))
+    assert capsys.readouterr().out == ""
+
+
+def test_shipped_mini_loads_and_is_gpt2_shaped():
+    try:
+        model = load_pretrained("mini")
+    except FileNotFoundError as error:
+        pytest.skip(f"mini is not here: {error}")
+    assert model.config.vocab_size == 4096 and model.lm_head.weight is model.wte.weight
