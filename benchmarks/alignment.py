@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,9 +33,11 @@ import torch
 from common import machine
 
 from minigpt_lib.lora import count_trainable, lora_disabled
+from minigpt_lib.model import GPTConfig
 from minigpt_lib.runtime import data_dir
 from minigpt_lib.sft import (
     LengthBatches,
+    Recipe,
     complete,
     decode_reply,
     encode_prompt,
@@ -51,15 +56,16 @@ ALL_LINEAR = ("c_attn", "c_proj", "c_fc")
 TOO_HIGH = 20  # times the recipe's learning rate
 
 
-def plan(recipe) -> list[dict]:
-    """The rows of the table: a name and what is different from the recipe."""
+def plan(recipe: Recipe) -> list[dict]:
+    """The rows of the table: a name and what is different from the recipe. The recipe itself is marked as shipped."""
     rows = [{"name": f"LoRA r={r}, c_attn", "r": r, "targets": ("c_attn",)} for r in (1, 2, 4, 8, 16)]
     rows.append({"name": "LoRA r=8, all linear", "r": 8, "targets": ALL_LINEAR})
-    shipped = {"name": "recipe (the shipped adapter)", "r": recipe.r, "targets": recipe.targets}
-    if (shipped["r"], set(shipped["targets"])) != (8, set(ALL_LINEAR)):
-        rows.append(shipped)
-    rows.append({"name": "full fine-tuning", "full": True})
     best = {"r": recipe.r, "targets": recipe.targets}
+    for row in rows:
+        row["shipped"] = row["r"] == recipe.r and set(row["targets"]) == set(recipe.targets)
+    if not any(row["shipped"] for row in rows):
+        rows.append({"name": "LoRA, the recipe", "shipped": True, **best})
+    rows.append({"name": "full fine-tuning", "full": True})
     rows.append({"name": "recipe, prompt not masked", "mask_prompt": False, **best})
     rows.append({"name": f"recipe, learning rate x {TOO_HIGH}", "lr": recipe.lr * TOO_HIGH, **best})
     return rows
@@ -86,8 +92,7 @@ def tune(row: dict, seed: int, enc, train: list[dict], val: list[dict], shorten:
     recipe, full = recipe_for(model.config), row.get("full", False)
     if not full:
         recipe = replace(recipe, r=row["r"], alpha=recipe.alpha / recipe.r * row["r"], targets=tuple(row["targets"]))
-        torch.manual_seed(seed)
-        recipe.add_lora(model)
+        recipe.add_lora(model, seed)
     cfg = recipe.train_config(len(train), full=full, seed=seed)
     lr = row.get("lr", cfg.lr)
     cfg = replace(cfg, steps=cfg.steps // shorten, warmup=cfg.warmup // shorten, lr=lr, min_lr=lr / 10, eval_every=0)
@@ -105,30 +110,46 @@ def test_facts(here: Path) -> list[dict]:
     return [fact for n, fact in enumerate(facts) if n % 4]
 
 
-def run_rows(rows: list[dict], seeds: list[int], shorten: int, limit: int | None) -> list[dict]:
-    """Every row with every seed; prints a line each."""
+def load(limit: int | None) -> tuple:
+    """Tokenizer, records by part, and the facts to report on; `limit` shortens what is measured on."""
     enc, here = load_tokenizer("mini"), data_dir()
-    train, val, test = (load_records(here / "instructions" / f"{part}.json") for part in ("train", "val", "test"))
-    test, facts = test[:limit], test_facts(here)[:: 1 if limit is None else 5]
-    base = {"seed": None, **measure(load_pretrained("mini"), enc, test, facts)}
-    out = [{"name": "base", "trainable": 0, "runs": [base]}]
-    show(out[0])
-    for row in rows:
-        result = {"name": row["name"], "runs": []}
-        off = {"name": f"{row['name']}, switched off", "trainable": 0, "runs": []}
-        for seed in seeds:
-            model, learnt, seconds = tune(row, seed, enc, train, val, shorten)
-            result |= {k: learnt[k] for k in ("trainable", "lr", "steps")}
-            run = {"seed": seed, "seconds": seconds, "val_loss": round(learnt["val_loss"], 4)}
-            result["runs"].append(run | measure(model, enc, test, facts))
-            if row["name"].startswith("recipe (") or row["name"] == "LoRA r=8, all linear":
-                with lora_disabled(model):
-                    off["runs"].append({"seed": seed, **measure(model, enc, test, facts)})
-        for done in (result, off):
-            if done["runs"]:
-                out.append(done)
-                show(done)
+    parts = {part: load_records(here / "instructions" / f"{part}.json") for part in ("train", "val", "test")}
+    parts["test"] = parts["test"][:limit]
+    return enc, parts, test_facts(here)[:: 1 if limit is None else 5]
+
+
+def run_one(row: dict, seed: int | None, shorten: int, limit: int | None) -> list[dict]:
+    """One training and its measurements, in a process of its own with one thread; seed None is the base."""
+    torch.set_num_threads(1)
+    enc, parts, facts = load(limit)
+    if seed is None:
+        run = {"seed": None, **measure(load_pretrained("mini"), enc, parts["test"], facts)}
+        return [{"name": "base", "trainable": 0, "runs": [run]}]
+    model, learnt, seconds = tune(row, seed, enc, parts["train"], parts["val"], shorten)
+    run = {"seed": seed, "seconds": seconds, "val_loss": round(learnt["val_loss"], 4)}
+    run |= measure(model, enc, parts["test"], facts)
+    out = [{"name": row["name"], **{k: learnt[k] for k in ("trainable", "lr", "steps")}, "runs": [run]}]
+    if row.get("shipped"):
+        with lora_disabled(model):
+            run = {"seed": seed, **measure(model, enc, parts["test"], facts)}
+        out.append({"name": f"{row['name']}, switched off", "trainable": 0, "runs": [run]})
     return out
+
+
+def run_all(rows: list[dict], seeds: list[int], shorten: int, limit: int | None, workers: int) -> Iterator[list[dict]]:
+    """Every row with every seed, `workers` at a time; yields the table so far whenever a seed is complete."""
+    table: dict[str, dict] = {}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(run_one, {}, None, shorten, limit)]
+        by_seed = {seed: [pool.submit(run_one, row, seed, shorten, limit) for row in rows] for seed in seeds}
+        for seed in seeds:
+            for job in jobs + by_seed[seed]:
+                for result in job.result():
+                    show(result)
+                    runs = table[result["name"]]["runs"] if result["name"] in table else []
+                    table[result["name"]] = result | {"runs": runs + result["runs"]}
+            jobs = []
+            yield list(table.values())
 
 
 def show(row: dict) -> None:
@@ -141,30 +162,44 @@ def show(row: dict) -> None:
           f"unknown {mean(lambda r: r['unknown']):6.1%}  seconds {[r.get('seconds') for r in row['runs']]}", flush=True)
 
 
+def report(results: list[dict], recipe: Recipe, rows: list[dict], minutes: float) -> dict:
+    """What is written to alignment.json."""
+    here = data_dir()
+    groups = Counter(fact["group"] for fact in test_facts(here))
+    sizes = {p: len(load_records(here / "instructions" / f"{p}.json")) for p in ("train", "val", "test")}
+    return {
+        "command": "python benchmarks/alignment.py",
+        "machine": machine(),
+        "minutes": round(minutes, 1),
+        "seeds": sorted({run["seed"] for row in results for run in row["runs"]} - {None}),
+        "recipe": asdict(recipe),
+        "shipped": next(row["name"] for row in rows if row.get("shipped")),
+        "records": sizes,
+        "facts": dict(sorted(groups.items())),
+        "rows": results,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, three rows, few steps; nothing is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, with one thread each")
     parser.add_argument("--out", type=Path, help="default: data/mini/alignment.json, with --quick nowhere")
     args = parser.parse_args()
-    recipe, begin = recipe_for(load_pretrained("mini").config), time.perf_counter()
+    recipe, begin = recipe_for(GPTConfig.preset("mini")), time.perf_counter()
     rows, seeds = plan(recipe), args.seeds
     if args.quick:
         few = ("LoRA r=1, c_attn", "LoRA r=8, all linear", "full fine-tuning")
-        rows, seeds = [row for row in rows if row["name"] in few], [0]
-    results = run_rows(rows, seeds, 4 if args.quick else 1, 60 if args.quick else None)
-    minutes = (time.perf_counter() - begin) / 60
-    print(f"{minutes:.1f} minutes")
+        rows, seeds = [row | {"shipped": row["name"] == few[1]} for row in rows if row["name"] in few], [0]
     out = args.out or (None if args.quick else data_dir() / "mini" / "alignment.json")
-    if out is not None:
-        here = data_dir()
-        groups = Counter(fact["group"] for fact in test_facts(here))
-        sizes = {p: len(load_records(here / "instructions" / f"{p}.json")) for p in ("train", "val", "test")}
-        report = {"command": "python benchmarks/alignment.py", "machine": machine(), "minutes": round(minutes, 1),
-                  "seeds": seeds, "recipe": asdict(recipe), "records": sizes, "facts": dict(sorted(groups.items())),
-                  "rows": results}  # fmt: skip
-        write_atomically(out, lambda t: t.write_text(json.dumps(report, indent=1) + "\n", "utf-8"))
-        print(f"wrote {out}")
+    for results in run_all(rows, seeds, 4 if args.quick else 1, 60 if args.quick else None, args.workers):
+        minutes = (time.perf_counter() - begin) / 60
+        print(f"{minutes:.1f} minutes", flush=True)
+        if out is not None:
+            text = json.dumps(report(results, recipe, rows, minutes), indent=1) + "\n"
+            write_atomically(out, lambda t, text=text: t.write_text(text, "utf-8"))
+            print(f"wrote {out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,15 +19,16 @@ def machine() -> dict[str, object]:
     info = {"processor": processor(), "threads": torch.get_num_threads(), "system": platform.system()}
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
-    return info | {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
+    versions = {"torch": torch.__version__, "transformers": version("transformers")}
+    return info | {"python": platform.python_version()} | versions
 
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0]
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M)
+        if found:
+            return found[1]
     return platform.processor() or platform.machine()
 
 
@@ -49,7 +51,8 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> di
 def summary(seconds: list[float], tokens: int) -> dict[str, float]:
     """Median tokens per second with the slowest and the fastest run."""
     rates = sorted(tokens / s for s in seconds)
-    return {"tokens_per_s": round(statistics.median(rates), 2), "slowest": round(rates[0], 2), "fastest": round(rates[-1], 2)}
+    median = statistics.median(rates)
+    return {"tokens_per_s": round(median, 2), "slowest": round(rates[0], 2), "fastest": round(rates[-1], 2)}
 
 
 def write(name: str, results: dict[str, object]) -> Path:
