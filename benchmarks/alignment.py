@@ -66,6 +66,7 @@ def plan(recipe: Recipe) -> list[dict]:
     if not any(row["shipped"] for row in rows):
         rows.append({"name": "LoRA, the recipe", "shipped": True, **best})
     rows.append({"name": "full fine-tuning", "full": True})
+    rows.append({"name": "full, a fifth of its learning rate", "full": True, "lr": recipe.lr_full / 5})
     rows.append({"name": "recipe, prompt not masked", "mask_prompt": False, **best})
     rows.append({"name": f"recipe, learning rate x {TOO_HIGH}", "lr": recipe.lr * TOO_HIGH, **best})
     return rows

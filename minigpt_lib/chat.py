@@ -83,7 +83,7 @@ class ChatModels:
         """Positions that the model has, for prompt and reply together."""
         return self.base.config.n_ctx
 
-# %% ../notebooks/09_chat.ipynb #158aaf12
+# %% ../notebooks/09_chat.ipynb #a67ee849
 LIMITS = {  # setting: (lowest, highest)
     "temperature": (0, 2),
     "top_k": (0, 1000),
@@ -100,7 +100,7 @@ class Sampling:
     Raises ValueError naming the value and its LIMITS.
     """
 
-    temperature: float = 0.7
+    temperature: float = 0.3
     top_k: int = 40
     top_p: float = 0.95
     max_new_tokens: int = 128
@@ -270,7 +270,7 @@ def answer_card(reply: Reply, cache: bool = True) -> str:
     """A reply with its status line, as HTML."""
     return f'<div class="answer">{html.escape(reply.text) or "…"}</div>{status_line(reply, cache)}'
 
-# %% ../notebooks/09_chat.ipynb #8aae3dd4
+# %% ../notebooks/09_chat.ipynb #209087b5
 MAX_CHARS = 20_000  # more is refused before it is tokenized
 
 
@@ -300,29 +300,39 @@ class ChatHandlers:
 
     def answer(self, box: Any, asked: Messages, controls: Sequence[Any]) -> Iterator[list]:
         """Stream the reply to the last message of `asked`. Yields what `send` yields. Raises ValueError."""
-        sampling, same = Sampling(*controls), _gradio().skip()
+        sampling, same = self.sampling(controls), _gradio().skip()
         replies = stream_reply(self.models.tuned, self.models.enc, asked, sampling)
         yield [box, shown(asked), [*asked, {"role": "assistant", "content": ""}], same, *self.busy(True)]
         for reply in paced(replies):
             history = [*asked, {"role": "assistant", "content": reply.text}]
-            yield [same, shown(history), history, status_line(reply, sampling.use_cache), same, same, same, same]
-        yield [same, same, same, same, *self.busy(False)]
+            busy = self.busy(False) if reply.finish else [same] * 4
+            yield [same, shown(history), history, status_line(reply, sampling.use_cache), *busy]
 
     def compare(self, message: str, *controls: Any) -> Iterator[list]:
         """The same prompt for base and tuned model, token by token in turn. Yields [status, base, tuned, ask, stop]."""
         show, same = _gradio().update, _gradio().skip()
         try:
-            asked, sampling = [{"role": "user", "content": self.checked(message)}], Sampling(*controls)
+            asked, sampling = [{"role": "user", "content": self.checked(message)}], self.sampling(controls)
             seed = torch.Generator().seed() % 2**31 if sampling.seed is None else sampling.seed
             runs = [paced(stream_reply(m, self.models.enc, asked, replace(sampling, seed=seed)))
                     for m in (self.models.base, self.models.tuned)]
-            blank = '<div class="answer"></div>'
-            yield ["", blank, blank, show(visible=False), show(visible=True)]
+            cards = ['<div class="answer"></div>'] * 2
+            yield ["", *cards, show(visible=False), show(visible=True)]
             for replies in itertools.zip_longest(*runs):
-                yield ["", *(same if r is None else answer_card(r, sampling.use_cache) for r in replies), same, same]
-            yield [same, same, same, show(visible=True), show(visible=False)]
+                new = [answer_card(r, sampling.use_cache) if r else None for r in replies]
+                cards = [card or old for card, old in zip(new, cards, strict=True)]
+                yield ["", *cards, same, same]
+            yield ["", *cards, show(visible=True), show(visible=False)]
         except ValueError as error:
             yield [notice(f"{error}"), same, same, show(visible=True), show(visible=False)]
+
+    def sampling(self, controls: Sequence[Any]) -> Sampling:
+        """The page's controls as settings; the seed is typed, and empty for none. Raises ValueError."""
+        *others, seed = controls
+        typed = seed.strip() if isinstance(seed, str) else seed
+        if isinstance(typed, str):
+            typed = None if not typed else int(typed) if typed.isdecimal() else typed
+        return Sampling(*others, seed=typed)
 
     def checked(self, message: Any) -> str:
         """The message, stripped. Raises ValueError when it is empty or longer than MAX_CHARS."""
@@ -346,7 +356,7 @@ def _gradio() -> Any:
         raise ImportError('the chat app needs Gradio: pip install "minigpt-lib[course]"') from error
     return gradio
 
-# %% ../notebooks/09_chat.ipynb #ef969497
+# %% ../notebooks/09_chat.ipynb #f177c1f3
 EXAMPLES = (
     "Who are you?",
     "What is the capital of Norway?",
@@ -370,7 +380,9 @@ CSS = """
 .side {font-weight: 600; font-size: 14px; margin: 0 2px}
 .answer {white-space: pre-wrap; overflow-wrap: anywhere; min-height: 200px; line-height: 1.55; background: white;
   border: 1px solid #e7e5e4; border-radius: 12px; padding: 14px 16px; margin-bottom: 8px}
-#talk .message {font-size: 15px; line-height: 1.55; white-space: pre-wrap; overflow-wrap: anywhere}
+#talk .message {font-size: 15px; line-height: 1.55; overflow-wrap: anywhere}
+#talk .md {white-space: pre-wrap}
+#talk .icon-button-wrapper.top-panel {display: none}
 #examples, #tools {gap: 8px; flex-wrap: wrap}
 #examples button, #tools button {flex: 0 0 auto; width: auto; font-weight: 450; padding: 4px 12px; background: white;
   border: 1px solid #e7e5e4}
@@ -391,7 +403,7 @@ def app_theme() -> Any:
         setattr(theme, name, getattr(theme, name.removesuffix("_dark")))
     return theme
 
-# %% ../notebooks/09_chat.ipynb #3bdcfa0b
+# %% ../notebooks/09_chat.ipynb #360b0363
 def _header(models: ChatModels) -> str:
     device, n = models.base.wte.weight.device.type, models.base.num_parameters() / 1e6
     facts = [html.escape(models.name), f"{n:,.1f} M parameters", f"{models.n_ctx} positions", device]
@@ -442,11 +454,11 @@ def _controls(gr: Any, n_ctx: int) -> list[Any]:
         top_p = gr.Slider(*LIMITS["top_p"], start.top_p, step=0.01, label="Top-p", info="1 is off")
     with gr.Row():
         new = gr.Slider(1, most, min(start.max_new_tokens, most), step=1, label="New tokens")
-        seed = gr.Number(None, label="Seed", precision=0, placeholder="a new one each time")
+        seed = gr.Textbox("", label="Seed", placeholder="a new one each time", max_lines=1)
         cache = gr.Checkbox(start.use_cache, label="KV cache", info="off: every token reads all before it again")
     return [warm, top_k, top_p, new, cache, seed]
 
-# %% ../notebooks/09_chat.ipynb #4cccb16b
+# %% ../notebooks/09_chat.ipynb #cbd73648
 _WORK = {"concurrency_limit": 2, "concurrency_id": "model", "trigger_mode": "once", "show_progress": "hidden"}
 
 
@@ -459,9 +471,11 @@ def _wire_chat(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[A
     runs += [part["retry"].click(do.retry, [history, *controls], api_name="retry", **work)]
     for chip in part["chips"]:
         runs += [chip.click(do.send, [chip, history, *controls], api_visibility="private", **work)]
-    part["stop"].click(lambda: do.busy(False), None, busy, cancels=runs, api_visibility="private", **quiet)
-    empty = ["", [], [], "", *do.busy(False, empty=True)]
-    part["clear"].click(lambda: empty, None, page, cancels=runs, api_name="clear", **quiet)
+    # first the running generator ends, then the page changes: what it still had to say does not come after
+    stopped = part["stop"].click(None, cancels=runs, api_visibility="private", **quiet)
+    stopped.then(lambda: do.busy(False), None, busy, api_visibility="private", **quiet)
+    cleared = part["clear"].click(None, cancels=runs, api_visibility="private", **quiet)
+    cleared.then(lambda: ["", [], [], "", *do.busy(False, empty=True)], None, page, api_name="clear", **quiet)
 
 
 def _wire_compare(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[Any]) -> None:

@@ -32,97 +32,12 @@ Record = Mapping[str, object]  # Alpaca's keys: instruction, output and, if need
 Example = tuple[list[int], list[int]]  # token ids and labels, equally long; a label of -100 is not learnt
 
 # %% auto #0
-__all__ = ['Messages', 'Record', 'Example', 'RECIPES', 'defuse', 'build_prompt', 'encode_prompt', 'encode_reply',
-           'record_messages', 'encode_record', 'check_records', 'load_records', 'with_history', 'encode_records',
-           'LengthBatches', 'Recipe', 'recipe_for', 'finetune', 'reply', 'decode_reply', 'complete', 'in_format',
+__all__ = ['Messages', 'Record', 'Example', 'RECIPES', 'check_records', 'load_records', 'defuse', 'build_prompt', 'encode_prompt',
+           'encode_reply', 'record_messages', 'encode_record', 'with_history', 'encode_records', 'pad', 'LengthBatches',
+           'real_share', 'Recipe', 'recipe_for', 'finetune', 'decode_reply', 'reply', 'complete', 'in_format',
            'format_rate', 'states', 'recall_each', 'recall']
 
-# %% ../notebooks/08_instruction_tuning.ipynb #7e8fbf75
-_ROLE_LINE = re.compile(r"(^|[\n\r\v\f\x85\u2028\u2029])([^\S\n\r]*)(User|Assistant)(?=:)")
-
-
-def defuse(text: str) -> str:
-    """Strip `text` and put a space before the colon of every line that opens like a turn (`User:`, `Assistant:`)."""
-    return _ROLE_LINE.sub(r"\1\2\3 ", text.strip())
-
-# %% ../notebooks/08_instruction_tuning.ipynb #6c336cd7
-def _turns(messages: Messages, input: str = "") -> list[tuple[str, str]]:
-    """The conversation as (role, defused text), user and assistant in turn, the user last. Raises ValueError."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": f"{messages.strip()}\n{input.strip()}" if input.strip() else messages}]
-    elif input:
-        raise ValueError("input goes with a single instruction, not with a list of messages")
-    turns = []
-    for n, message in enumerate(messages, start=1):
-        want = "user" if n % 2 else "assistant"
-        role, content = message.get("role"), message.get("content")
-        if role != want:
-            raise ValueError(f"message {n} has role {role!r}, expected {want!r}: user and assistant take turns")
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, not {type(content).__name__}")
-        if role == "user" and not content.strip():
-            raise ValueError(f"message {n} is empty: there is nothing to answer")
-        turns.append((role, defuse(content)))
-    if len(turns) % 2 == 0:
-        raise ValueError(f"{len(turns)} messages: the last one must be the user's")
-    return turns
-
-
-def build_prompt(messages: Messages, input: str = "") -> str:
-    """The one chat template: `User: …\\nAssistant: …<|endoftext|>` per answered turn, ending in `\\nAssistant:`.
-
-    `messages` is one instruction (with its `input` on the next line, if any) or a list of turns, the user's last.
-    For showing and for other engines; `encode_prompt` gives the token ids. Raises ValueError for an empty question,
-    roles that do not take turns, and content that is not text.
-    """
-    parts = [f"User: {text}\nAssistant:" if role == "user" else f" {text}<|endoftext|>"
-             for role, text in _turns(messages, input)]
-    return "".join(parts)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #8161cad3
-def encode_prompt(enc: tiktoken.Encoding, messages: Messages, input: str = "") -> list[int]:
-    """Token ids of `build_prompt`. Nothing written by a user or in a reply ever becomes a special token."""
-    ids: list[int] = []
-    for role, text in _turns(messages, input):
-        ids += enc.encode_ordinary(f"User: {text}\nAssistant:") if role == "user" else encode_reply(enc, text)
-    return ids
-
-
-def encode_reply(enc: tiktoken.Encoding, text: str) -> list[int]:
-    """What follows the prompt: a space, the reply, the end token."""
-    return [*enc.encode_ordinary(" " + defuse(text)), enc.eot_token]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #63d9269f
-def record_messages(record: Record) -> list[dict[str, str]]:
-    """A record as a conversation: its history, if it has any, then instruction and input as the user's last turn."""
-    messages = []
-    for question, answer in record.get("history") or ():
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    parts = (record["instruction"], record.get("input") or "")
-    return [*messages, {"role": "user", "content": "\n".join(p.strip() for p in parts if p.strip())}]
-
-
-def encode_record(enc: tiktoken.Encoding, record: Record, max_len: int, *, mask_prompt: bool = True) -> Example:
-    """(ids, labels) of one record, at most max_len each. Labels are the ids, or -100 at positions not to be learnt.
-
-    Learnt are the reply and its end token, and the prompt too if `mask_prompt` is False. What is too long first
-    loses its history, oldest turns first, then the end of its reply, end token included; a prompt that fills max_len
-    alone loses the end of its question, so that one label is left. Raises ValueError for a max_len too small for that.
-    """
-    messages, opening = record_messages(record), enc.encode_ordinary("\nAssistant:")
-    if max_len < len(opening) + 2:
-        raise ValueError(f"max_len={max_len} must be at least {len(opening) + 2}: '\\nAssistant:', a question, a reply")
-    prompt, answer = encode_prompt(enc, messages), encode_reply(enc, record["output"])
-    while len(messages) > 1 and len(prompt) + len(answer) > max_len:
-        messages = messages[2:]
-        prompt = encode_prompt(enc, messages)
-    if len(prompt) >= max_len:
-        prompt = prompt[: max_len - 1 - len(opening)] + opening
-    ids = (prompt + answer)[:max_len]
-    labels = [-100] * len(prompt) + ids[len(prompt) :] if mask_prompt else list(ids)
-    return ids, labels
-
-# %% ../notebooks/08_instruction_tuning.ipynb #8573f058
+# %% ../notebooks/08_instruction_tuning.ipynb #10be67f2
 def _check_record(record: object) -> None:
     """Raise ValueError unless `record` has an instruction and an output, both text and not empty, and no odd input."""
     if not isinstance(record, Mapping):
@@ -138,7 +53,7 @@ def _check_record(record: object) -> None:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
             raise ValueError(f"the field 'history' must be a list of pairs [question, reply], not {pair!r:.40}")
 
-
+# %% ../notebooks/08_instruction_tuning.ipynb #7bebb75e
 def check_records(records: Sequence[object], where: str = "") -> None:
     """Raise ValueError, with the record's number (from 1), unless all records can be used; see `load_records`."""
     if not isinstance(records, Sequence) or isinstance(records, str) or not records:
@@ -166,6 +81,91 @@ def load_records(path: str | Path) -> list[dict[str, object]]:
     check_records(records, f"{path}, ")
     return records
 
+# %% ../notebooks/08_instruction_tuning.ipynb #7e8fbf75
+_ROLE_LINE = re.compile(r"(^|[\n\r\v\f\x85\u2028\u2029])([^\S\n\r]*)(User|Assistant)(?=:)")
+
+
+def defuse(text: str) -> str:
+    """Strip `text` and put a space before the colon of every line that opens like a turn (`User:`, `Assistant:`)."""
+    return _ROLE_LINE.sub(r"\1\2\3 ", text.strip())
+
+# %% ../notebooks/08_instruction_tuning.ipynb #b3d414c7
+def _turns(messages: Messages, input: str = "") -> list[tuple[str, str]]:
+    """The conversation as (role, defused text), user and assistant in turn, the user last. Raises ValueError."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": f"{messages.strip()}\n{input.strip()}" if input.strip() else messages}]
+    elif input:
+        raise ValueError("input goes with a single instruction, not with a list of messages")
+    turns = []
+    for n, message in enumerate(messages, start=1):
+        want = "user" if n % 2 else "assistant"
+        role, content = message.get("role"), message.get("content")
+        if role != want:
+            raise ValueError(f"message {n} has role {role!r}, expected {want!r}: user and assistant take turns")
+        if not isinstance(content, str):
+            raise ValueError(f"message {n}: content must be text, not {type(content).__name__}")
+        if role == "user" and not content.strip():
+            raise ValueError(f"message {n} is empty: there is nothing to answer")
+        turns.append((role, defuse(content)))
+    if len(turns) % 2 == 0:
+        raise ValueError(f"{len(turns)} messages: the last one must be the user's")
+    return turns
+
+# %% ../notebooks/08_instruction_tuning.ipynb #70914871
+def build_prompt(messages: Messages, input: str = "") -> str:
+    """The one chat template: `User: …\\nAssistant: …<|endoftext|>` per answered turn, ending in `\\nAssistant:`.
+
+    `messages` is one instruction (with its `input` on the next line, if any) or a list of turns, the user's last.
+    For showing and for other engines; `encode_prompt` gives the token ids. Raises ValueError for an empty question,
+    roles that do not take turns, and content that is not text.
+    """
+    parts = [f"User: {text}\nAssistant:" if role == "user" else f" {text}<|endoftext|>"
+             for role, text in _turns(messages, input)]
+    return "".join(parts)
+
+# %% ../notebooks/08_instruction_tuning.ipynb #95c187df
+def encode_prompt(enc: tiktoken.Encoding, messages: Messages, input: str = "") -> list[int]:
+    """Token ids of `build_prompt`. Nothing written by a user or in a reply ever becomes a special token."""
+    ids: list[int] = []
+    for role, text in _turns(messages, input):
+        ids += enc.encode_ordinary(f"User: {text}\nAssistant:") if role == "user" else encode_reply(enc, text)
+    return ids
+
+# %% ../notebooks/08_instruction_tuning.ipynb #46384040
+def encode_reply(enc: tiktoken.Encoding, text: str) -> list[int]:
+    """What follows the prompt: a space, the reply, the end token."""
+    return [*enc.encode_ordinary(" " + defuse(text)), enc.eot_token]
+
+# %% ../notebooks/08_instruction_tuning.ipynb #31ae3a58
+def record_messages(record: Record) -> list[dict[str, str]]:
+    """A record as a conversation: its history, if it has any, then instruction and input as the user's last turn."""
+    messages = []
+    for question, answer in record.get("history") or ():
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    parts = (record["instruction"], record.get("input") or "")
+    return [*messages, {"role": "user", "content": "\n".join(p.strip() for p in parts if p.strip())}]
+
+# %% ../notebooks/08_instruction_tuning.ipynb #abb555cc
+def encode_record(enc: tiktoken.Encoding, record: Record, max_len: int, *, mask_prompt: bool = True) -> Example:
+    """(ids, labels) of one record, at most max_len each. Labels are the ids, or -100 at positions not to be learnt.
+
+    Learnt are the reply and its end token, and the prompt too if `mask_prompt` is False. What is too long first
+    loses its history, oldest turns first, then the end of its reply, end token included; a prompt that fills max_len
+    alone loses the end of its question, so that one label is left. Raises ValueError for a max_len too small for that.
+    """
+    messages, opening = record_messages(record), enc.encode_ordinary("\nAssistant:")
+    if max_len < len(opening) + 2:
+        raise ValueError(f"max_len={max_len} must be at least {len(opening) + 2}: '\\nAssistant:', a question, a reply")
+    prompt, answer = encode_prompt(enc, messages), encode_reply(enc, record["output"])
+    while len(messages) > 1 and len(prompt) + len(answer) > max_len:
+        messages = messages[2:]
+        prompt = encode_prompt(enc, messages)
+    if len(prompt) >= max_len:
+        prompt = prompt[: max_len - 1 - len(opening)] + opening
+    ids = (prompt + answer)[:max_len]
+    labels = [-100] * len(prompt) + ids[len(prompt) :] if mask_prompt else list(ids)
+    return ids, labels
+
 # %% ../notebooks/08_instruction_tuning.ipynb #c49b942b
 def with_history(records: Sequence[Record], share: float, seed: int = 0) -> list[Record]:
     """The records, of which about `share` get one or two others put before them as earlier turns of a conversation.
@@ -188,9 +188,24 @@ def encode_records(
     check_records(records)
     return [encode_record(enc, record, max_len, mask_prompt=mask_prompt) for record in records]
 
-# %% ../notebooks/08_instruction_tuning.ipynb #fcc07c6b
+# %% ../notebooks/08_instruction_tuning.ipynb #685ab803
+def pad(examples: Sequence[Example]) -> Batch:
+    """One batch, idx and targets (B, T) int64; targets[b, t] is the label of the id that comes after idx[b, t].
+
+    Shorter rows are filled up on the right with id 0 and label -100. That needs no attention mask: no real position
+    looks to its right.
+    """
+    T = max(1, max(len(ids) for ids, _ in examples) - 1)
+    idx = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T)
+    targets = torch.full((len(examples), T), -100)  # (B, T)
+    for row, (ids, labels) in enumerate(examples):
+        idx[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, : len(ids) - 1] = torch.tensor(labels[1:])
+    return idx, targets
+
+# %% ../notebooks/08_instruction_tuning.ipynb #4561952f
 class LengthBatches:
-    """Batches of examples of about the same length, so that little is padding: `batch(i)` -> (idx, targets).
+    """Batches of examples of about the same length, so that little is padding: `batch(i)` -> (idx, targets), see `pad`.
 
     An epoch shuffles the examples, sorts them by length inside chunks of `chunk` batches, and shuffles the batches.
     Every example comes once an epoch (the last batch of an epoch may be smaller); `batch(i)` depends on i and the seed
@@ -205,8 +220,7 @@ class LengthBatches:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
-        return -(-len(self.examples) // self.batch_size)
+        return -(-len(self.examples) // self.batch_size)  # batches in one epoch
 
     def members(self, i: int) -> list[int]:
         """The numbers of the examples in batch i >= 0."""
@@ -215,37 +229,24 @@ class LengthBatches:
             self._epoch = (epoch, self._plan(epoch))
         return self._epoch[1][at]
 
+    def batch(self, i: int) -> Batch:
+        return pad([self.examples[n] for n in self.members(i)])
+
     def _plan(self, epoch: int) -> list[list[int]]:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.examples), generator=rng).tolist()
-        size, batches = self.batch_size, []
+        order, size, batches = torch.randperm(len(self.examples), generator=rng).tolist(), self.batch_size, []
         for start in range(0, len(order), self.chunk * size):
             part = sorted(order[start : start + self.chunk * size], key=lambda n: len(self.examples[n][0]))
             batches += [part[j : j + size] for j in range(0, len(part), size)]
         return [batches[j] for j in torch.randperm(len(batches), generator=rng)]
 
-    def batch(self, i: int) -> Batch:
-        """Batch number i: idx and targets (B, T) int64; targets[b, t] is the label of the id after idx[b, t].
+# %% ../notebooks/08_instruction_tuning.ipynb #a2b2c13b
+def real_share(batches: LengthBatches) -> float:
+    """The share of the first epoch's positions that hold a token and not padding."""
+    lengths = [[len(batches.examples[n][0]) - 1 for n in batches.members(i)] for i in range(len(batches))]
+    return sum(map(sum, lengths)) / sum(max(row) * len(row) for row in lengths)
 
-        Shorter rows are padded on the right with id 0 and label -100. No attention mask is needed: no real position
-        looks to its right.
-        """
-        chosen = [self.examples[n] for n in self.members(i)]
-        T = max(1, max(len(ids) for ids, _ in chosen) - 1)
-        idx = torch.zeros(len(chosen), T, dtype=torch.int64)  # (B, T)
-        targets = torch.full((len(chosen), T), -100)  # (B, T)
-        for row, (ids, labels) in enumerate(chosen):
-            idx[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-            targets[row, : len(ids) - 1] = torch.tensor(labels[1:])
-        return idx, targets
-
-    def real_share(self, epoch: int = 0) -> float:
-        """The share of an epoch's positions that hold a token and not padding."""
-        numbers = range(epoch * len(self), (epoch + 1) * len(self))
-        lengths = [[len(self.examples[n][0]) - 1 for n in self.members(i)] for i in numbers]
-        return sum(map(sum, lengths)) / sum(max(row) * len(row) for row in lengths)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #2a531173
+# %% ../notebooks/08_instruction_tuning.ipynb #758efb87
 @dataclass(frozen=True)
 class Recipe:
     """How to instruction-tune a model of a certain size: the adapter's shape and the training.
@@ -266,9 +267,11 @@ class Recipe:
     history: float = 0.0
     warmup: float = 0.05
 
-    def add_lora(self, model: GPTLanguageModel) -> GPTLanguageModel:
-        """Give the model this recipe's LoRA layers."""
-        return add_lora(model, self.r, self.alpha, self.dropout, self.targets)
+    def add_lora(self, model: GPTLanguageModel, seed: int = 0) -> GPTLanguageModel:
+        """Give the model this recipe's LoRA layers, drawn with a seed of their own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return add_lora(model, self.r, self.alpha, self.dropout, self.targets)
 
     def train_config(self, records: int, *, full: bool = False, **changes: float) -> TrainConfig:
         """The training of this recipe for a number of records; `changes` are fields of TrainConfig."""
@@ -278,18 +281,18 @@ class Recipe:
                 "warmup": int(self.warmup * steps), "eval_every": max(1, steps // 8)}  # fmt: skip
         return TrainConfig(**(plan | changes))
 
-# %% ../notebooks/08_instruction_tuning.ipynb #cdedc559
+# %% ../notebooks/08_instruction_tuning.ipynb #11aee30c
 RECIPES = {  # widest n_embd: recipe
-    512: Recipe(8, 16, 0.0, ("c_attn",), epochs=3, batch_size=16, lr=2e-3, lr_full=5e-4, max_len=256, history=0.3),
+    512: Recipe(8, 16, 0.0, ("c_attn", "c_fc", "c_proj"), 3, 16, lr=2e-3, lr_full=5e-4, max_len=256, history=0.3),
     1600: Recipe(8, 16, 0.05, ("c_attn",), epochs=3, batch_size=8, lr=2e-4, lr_full=2e-5, max_len=512),
 }
 
-
+# %% ../notebooks/08_instruction_tuning.ipynb #c8cd60ae
 def recipe_for(config: GPTConfig) -> Recipe:
     """The recipe for a model's width: small models learn at a higher rate than GPT-2's four sizes."""
     return next((recipe for width, recipe in RECIPES.items() if config.n_embd <= width), RECIPES[1600])
 
-# %% ../notebooks/08_instruction_tuning.ipynb #0eaf5851
+# %% ../notebooks/08_instruction_tuning.ipynb #46f1a654
 def finetune(
     model: GPTLanguageModel,
     enc: tiktoken.Encoding,
@@ -298,6 +301,7 @@ def finetune(
     val_records: Sequence[Record] | None = None,
     cfg: TrainConfig | None = None,
     recipe: Recipe | None = None,
+    max_len: int | None = None,
     mask_prompt: bool = True,
     on_step: Callable[[dict[str, float]], object] | None = None,
     folder: str | Path | None = None,
@@ -306,8 +310,8 @@ def finetune(
 ) -> History:
     """Teach the model to answer, in place: every parameter that requires a gradient (after `add_lora`: A and B).
 
-    `recipe` defaults to the one for the model's size, `cfg` to the recipe's training; `val_records` add val_loss to the
-    history, in nats per token of the replies. `folder` gets the adapter (or the whole model) and training.json.
+    `recipe` defaults to the one for the model's size, `cfg` to the recipe's training, `max_len` to its tokens a record;
+    `val_records` add val_loss to the history, in nats per reply token. `folder` gets the result and training.json.
     Raises ValueError for bad records (with the number), a merged adapter, or a tokenizer with more ids than the model.
     """
     layers, recipe = lora_layers(model), recipe or recipe_for(model.config)
@@ -316,13 +320,11 @@ def finetune(
     if enc.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {enc.n_vocab} ids, the model's vocab_size is {model.config.vocab_size}")
     cfg = cfg or recipe.train_config(len(records), full=not layers)
-    max_len = min(recipe.max_len, model.config.n_ctx)
+    max_len = min(max_len or recipe.max_len, model.config.n_ctx)
     check_records(records)
     examples = encode_records(enc, with_history(records, recipe.history, cfg.seed), max_len, mask_prompt=mask_prompt)
-    evaluate = None
-    if val_records:
-        val = LengthBatches(encode_records(enc, val_records, max_len), 32)
-        evaluate = lambda: evaluate_loss(model, map(val.batch, range(len(val))), cfg.precision)  # noqa: E731
+    val = LengthBatches(encode_records(enc, val_records, max_len), 32) if val_records else None
+    evaluate = val and (lambda: evaluate_loss(model, map(val.batch, range(len(val))), cfg.precision))
     batch_at = LengthBatches(examples, cfg.batch_size, cfg.seed).batch
     kwargs = {"evaluate": evaluate, "on_step": on_step, "folder": folder, "resume": resume, "progress": progress}
     history = train(model, batch_at, cfg, **kwargs)
@@ -343,7 +345,7 @@ def _save_tuned(
     write_atomically(folder / "training.json", lambda t: t.write_text(json.dumps(facts, indent=2) + "\n", "utf-8"))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
-# %% ../notebooks/08_instruction_tuning.ipynb #8e079cbb
+# %% ../notebooks/08_instruction_tuning.ipynb #0d04469c
 def _room(model: GPTLanguageModel, prompt_len: int, max_new_tokens: int) -> int:
     """max_new_tokens, or what the learned positions leave of it. Raises ValueError when they leave nothing."""
     if max_new_tokens < 1:
@@ -355,7 +357,13 @@ def _room(model: GPTLanguageModel, prompt_len: int, max_new_tokens: int) -> int:
         )
     return min(max_new_tokens, model.config.n_ctx - prompt_len)
 
+# %% ../notebooks/08_instruction_tuning.ipynb #6e4e3f64
+def decode_reply(enc: tiktoken.Encoding, ids: Sequence[int]) -> str:
+    """The text of generated ids up to the first end token, without the space that opens every reply."""
+    ids = list(ids)
+    return enc.decode(ids[: ids.index(enc.eot_token)] if enc.eot_token in ids else ids).strip()
 
+# %% ../notebooks/08_instruction_tuning.ipynb #c804b8db
 def reply(
     model: GPTLanguageModel,
     enc: tiktoken.Encoding,
@@ -375,12 +383,6 @@ def reply(
     idx = torch.tensor([prompt])  # (1, T)
     out = generate(model, idx, new, temperature=temperature, stop_ids=(enc.eot_token,), **sampling)  # (1, T + new)
     return decode_reply(enc, out[0, len(prompt) :].tolist())
-
-
-def decode_reply(enc: tiktoken.Encoding, ids: Sequence[int]) -> str:
-    """The text of generated ids up to the first end token, without the space that opens every reply."""
-    ids = list(ids)
-    return enc.decode(ids[: ids.index(enc.eot_token)] if enc.eot_token in ids else ids).strip()
 
 # %% ../notebooks/08_instruction_tuning.ipynb #7e242b5a
 def complete(
@@ -410,13 +412,13 @@ def complete(
             done[n] = ids[: ids.index(enc.eot_token) + 1] if enc.eot_token in ids else ids
     return [done[n] for n in range(len(prompts))]
 
-# %% ../notebooks/08_instruction_tuning.ipynb #acf9270b
+# %% ../notebooks/08_instruction_tuning.ipynb #f392382f
 def in_format(enc: tiktoken.Encoding, ids: Sequence[int]) -> bool:
     """Is this a well-formed reply: some text, then the end token, and no turn of somebody else forged in between?"""
     text = decode_reply(enc, ids)
     return len(ids) > 0 and ids[-1] == enc.eot_token and bool(text) and not _ROLE_LINE.search(text)
 
-
+# %% ../notebooks/08_instruction_tuning.ipynb #8fb96525
 def format_rate(
     model: GPTLanguageModel, enc: tiktoken.Encoding, records: Sequence[Record], max_new_tokens: int = 96
 ) -> float:
@@ -425,13 +427,13 @@ def format_rate(
     replies = complete(model, enc, prompts, max_new_tokens)
     return sum(in_format(enc, ids) for ids in replies) / len(records)
 
-# %% ../notebooks/08_instruction_tuning.ipynb #daecbbad
+# %% ../notebooks/08_instruction_tuning.ipynb #c1a4da0b
 def states(text: str, subject: str, answer: str) -> bool:
     """Does `text` give the answer, as whole words in any case? The subject, named once, does not count as an answer."""
     rest = re.sub(rf"\b{re.escape(subject)}\b", "", text, count=1, flags=re.IGNORECASE)
     return re.search(rf"\b{re.escape(answer)}\b", rest, re.IGNORECASE) is not None
 
-
+# %% ../notebooks/08_instruction_tuning.ipynb #735576d2
 def recall_each(
     model: GPTLanguageModel, enc: tiktoken.Encoding, facts: Sequence[Mapping[str, str]], *, style: str = "chat"
 ) -> list[bool]:
@@ -452,7 +454,7 @@ def recall_each(
     firsts = [re.split(r"[.\n]", t)[0] for t in texts]
     return [states(f"{f['prompt']} {t}", f["subject"], f["answer"]) for t, f in zip(firsts, facts, strict=True)]
 
-
+# %% ../notebooks/08_instruction_tuning.ipynb #f97b1c62
 def recall(
     model: GPTLanguageModel, enc: tiktoken.Encoding, facts: Sequence[Mapping[str, str]], *, style: str = "chat"
 ) -> dict[str, float]:

@@ -70,7 +70,7 @@ def count_pretokens(
             counts.update(compiled.findall(part))
     return Counter({piece.encode(): n for piece, n in counts.items()})
 
-# %% ../notebooks/01_tokenization.ipynb #36e2c56b
+# %% ../notebooks/01_tokenization.ipynb #cc1f7c81
 class PairIndex:
     """How often each pair of neighbours occurs in weighted words, kept up to date while pairs are merged.
 
@@ -78,8 +78,7 @@ class PairIndex:
     """
 
     def __init__(self, counts: Mapping[bytes, int]) -> None:
-        self.words = [[bytes([b]) for b in word] for word in counts]
-        self.freq = list(counts.values())
+        self.words, self.freq = [[bytes([b]) for b in word] for word in counts], list(counts.values())
         self.counts: Counter[tuple[bytes, bytes]] = Counter()
         self.where: defaultdict[tuple[bytes, bytes], set[int]] = defaultdict(set)  # pair -> words that may hold it
         for i, word in enumerate(self.words):

@@ -331,7 +331,7 @@ def _require_same(path: Path, what: str, stored: dict, here: dict) -> None:
         if (a := stored.get(key)) != (b := here.get(key)):
             raise ValueError(f"{path} belongs to another {what}: {key} is {a} there and {b} here")
 
-# %% ../notebooks/04_pretraining.ipynb #5a62b4a4
+# %% ../notebooks/04_pretraining.ipynb #fb839c3c
 @contextlib.contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets, so that a step is finished and not torn; a second Ctrl-C stops at once.
@@ -369,7 +369,7 @@ def progress_bar(start: int, steps: int, show: bool = True) -> Iterator[Callable
     except ImportError as error:
         hint = 'pip install "minigpt-lib[course]", or progress=False'
         raise ImportError(f"the progress bar needs tqdm: {hint}") from error
-    with tqdm(total=steps, initial=start, unit="step", ncols=100, mininterval=1.0) as bar:
+    with tqdm(total=steps, initial=start, unit="step", ncols=100, mininterval=2.0) as bar:
 
         def update(record: dict[str, float]) -> None:
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
@@ -478,7 +478,7 @@ def _how_to_go_on(done: int, cfg: TrainConfig, folder: str | Path | None) -> str
     how = "nothing is saved without a folder" if folder is None else f"go on with folder={str(folder)!r}, resume=True"
     return f"stopped after {done} of {cfg.steps} steps: {how}"
 
-# %% ../notebooks/04_pretraining.ipynb #78c788e0
+# %% ../notebooks/04_pretraining.ipynb #200b7bcb
 def pretrain(
     corpus: str | Path | Sequence[str | Path],
     enc: tiktoken.Encoding,
@@ -491,11 +491,14 @@ def pretrain(
     device: torch.device | None = None,
     **options,
 ) -> tuple[GPTLanguageModel, History]:
-    """Train a new model (`config`, by default `mini`), or go on with `start`, on text files.
+    """Train a new model (`config`, by default `mini`) or the model `start` on text files; return it and the history.
 
-    Returns the model in eval mode and the history; a `start` is trained in place. `heldout` is measured on up to 16 batches every cfg.eval_every steps. options go to `train`: on_step, folder,
-    resume, progress. Raises ValueError for window > n_ctx, a tokenizer with more ids than the model, too little text.
+    The model comes back in eval mode; `start` is trained in place. `heldout` is measured on up to 16 batches every
+    cfg.eval_every steps. options go to `train`: on_step, folder, resume, progress. Raises ValueError for a window
+    longer than n_ctx, a tokenizer with more ids than the model, too little text, or a config beside `start`.
     """
+    if start is not None and config is not None:
+        raise ValueError("config and start exclude each other: a model to go on with has its own config")
     config = start.config if start is not None else config or GPTConfig.preset("mini")
     if window > config.n_ctx:
         raise ValueError(f"window={window} is longer than n_ctx={config.n_ctx}, the positions that the model has")

@@ -43,7 +43,7 @@ IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask in 
 class WeightsError(ValueError):
     """A checkpoint that cannot be loaded or saved exactly; the message names the file or the tensor, and the reason."""
 
-# %% ../notebooks/05_loading_weights.ipynb #0b2d9b3e
+# %% ../notebooks/05_loading_weights.ipynb #a45d86a6
 def _parameters_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without the `transformer.` prefix; mask buffers and a head equal to `wte.weight` dropped."""
     out = {}
@@ -54,7 +54,8 @@ def _parameters_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not IGNORED.fullmatch(short):
             out[short] = t
     head = out.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in out and not torch.equal(head, out["wte.weight"]):
+    wte = out.get("wte.weight", head)
+    if head is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
         raise WeightsError("lm_head.weight differs from wte.weight: GPT-2's head is tied to the token embedding")
     return out
 
@@ -87,7 +88,17 @@ def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dty
     if not torch.isfinite(t).all():
         raise WeightsError(f"{name} holds {int((~torch.isfinite(t)).sum())} values that are NaN or infinite")
 
-# %% ../notebooks/05_loading_weights.ipynb #79ce85d8
+# %% ../notebooks/05_loading_weights.ipynb #8d20defa
+def _checked(state: Mapping[str, Tensor], config: GPTConfig, *, any_dtype: bool = False) -> dict[str, Tensor]:
+    """The parameters in `state`, still in the hub's layout, in the model's order, after every check above."""
+    given, shapes = _parameters_only(state), parameter_shapes(config)
+    _check_names(set(given), set(shapes))
+    dtype = None if any_dtype else given["wte.weight"].dtype
+    for name, shape in shapes.items():
+        _check_tensor(name, given[name], shape[::-1] if name.endswith(TRANSPOSED) else shape, dtype)
+    return {name: given[name] for name in shapes}
+
+# %% ../notebooks/05_loading_weights.ipynb #a8ab082c
 def from_hf_state(
     state: Mapping[str, Tensor],
     config: GPTConfig,
@@ -102,15 +113,9 @@ def from_hf_state(
     (None: where they are) in `dtype` (None: as stored, which must then be one dtype).
     Raises WeightsError naming the tensor for any other name, shape or dtype and for values that are not finite.
     """
-    given = _parameters_only(state)
-    shapes = parameter_shapes(config)
-    _check_names(set(given), set(shapes))
-    stored = None if dtype is not None else given["wte.weight"].dtype
     out = {}
-    for name, shape in shapes.items():
-        t, flip = given[name], name.endswith(TRANSPOSED)
-        _check_tensor(name, t, shape[::-1] if flip else shape, stored)
-        t = t.t() if flip else t  # (out, in) for the four matrices
+    for name, t in _checked(state, config, any_dtype=dtype is not None).items():
+        t = t.t() if name.endswith(TRANSPOSED) else t  # (out, in) for the four matrices
         out[name] = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     return out
 
@@ -337,7 +342,7 @@ def _plain_state(model: GPTLanguageModel) -> dict[str, Tensor]:
             raise WeightsError(f"{name} carries LoRA that is not merged: call merge_lora(model), or use save_adapter")
     return {name: t for name, t in model.state_dict().items() if "lora_" not in name}
 
-# %% ../notebooks/05_loading_weights.ipynb #69b847fa
+# %% ../notebooks/05_loading_weights.ipynb #806723a1
 def save_pretrained(model: GPTLanguageModel, folder: str | Path, enc: tiktoken.Encoding | None = None) -> Path:
     """Write config.json and model.safetensors in the Hugging Face GPT-2 layout, and tokenizer.tiktoken if enc is given.
 
@@ -346,8 +351,8 @@ def save_pretrained(model: GPTLanguageModel, folder: str | Path, enc: tiktoken.E
     Raises WeightsError for unmerged LoRA, an untied head, values that are not finite, or an enc with more tokens.
     """
     state, config = _plain_state(model), model.config
-    from_hf_state(to_hf_state(state) | {"lm_head.weight": state["lm_head.weight"]}, config)  # as strict as loading
     tensors = {name: t.cpu() for name, t in to_hf_state(state).items()}
+    _checked(tensors | {"lm_head.weight": state["lm_head.weight"].cpu()}, config)  # as strict as loading
     text = json.dumps(config_to_hf(config), indent=2) + "\n"
     writers: dict[str, Callable[[Path], None]] = {"config.json": lambda p: p.write_text(text, "utf-8")}
     if enc is not None:

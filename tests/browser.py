@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of the page, which notes everything that a reader should not have to see."""
+"""A headless Chromium for the tests of the page; it notes everything that a reader should not have to see."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,7 +7,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

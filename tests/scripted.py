@@ -1,4 +1,4 @@
-"""A tiny model folder, and a model that writes a known text slowly: what the tests of chat, commands and page run on."""
+"""A tiny model folder, and a model that writes a known text slowly: for the tests of chat, commands and page."""
 
 import time
 from pathlib import Path
@@ -70,7 +70,6 @@ class Scripted(GPTLanguageModel):
         self.eval()
 
     def hidden_states(self, idx: Tensor, kv_cache=None, attention_mask=None) -> Tensor:
-        self._check_input(idx, 0 if kv_cache is None else kv_cache.pos, attention_mask)
         time.sleep(self.pause)
         self.calls += 1
         if kv_cache is not None:

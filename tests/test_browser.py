@@ -1,4 +1,4 @@
-"""The page in a real browser: it streams, stops, compares, clears, fits a phone, and asks no other machine for anything."""
+"""The page in a real browser: it streams, stops, compares, clears, fits a phone, and asks no other machine."""
 
 import re
 import time
@@ -13,7 +13,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The address of an app whose tuned model writes the capitals for ever, its base the small letters once; and both."""
+    """The address of an app whose tuned model writes capitals for ever, its base small letters once; and both."""
     from minigpt_lib.chat import build_app, launch
 
     models = scripted_models(tmp_path_factory.mktemp("app"), base="abcdefghij.", tuned=LETTERS, pause=0.03)
@@ -84,7 +84,9 @@ def test_a_reply_streams_in_and_its_cost_is_shown(page, served):
     assert len({len(text) for text in seen}) > 5, "the reply came in one piece"
     assert all(reply(page).startswith(text) for text in seen if text.isupper())
     status = page.locator("#status").inner_text()
-    assert re.search(r"40 tokens · \d+ tokens/s with the cache on · first after [\d.]+ s · \d+ of 512 positions", status)
+    assert re.search(
+        r"40 tokens · \d+ tokens/s with the cache on · first after [\d.]+ s · \d+ of 512 positions", status
+    )
     assert page.locator("#message textarea").input_value() == ""
 
 
@@ -148,7 +150,7 @@ def test_side_by_side_shows_both_models_at_once(page):
     expect(page, lambda p: p.locator("#ask").is_visible())
     assert page.locator("#base").inner_text().startswith("abcdefghij.")
     assert page.locator("#tuned").inner_text().startswith(LETTERS[:20])
-    assert "11 tokens" in page.locator("#base").inner_text() and "20 tokens" in page.locator("#tuned").inner_text()
+    assert "12 tokens" in page.locator("#base").inner_text() and "20 tokens" in page.locator("#tuned").inner_text()
 
 
 def test_side_by_side_stops(page, served):
@@ -164,7 +166,9 @@ def test_side_by_side_stops(page, served):
 
 def test_what_people_write_is_shown_as_text(page):
     set_new_tokens(page, 4)
-    evil = '<img src="http://evil.example/x.png" onerror="alert(1)"><b>bold</b> <script>alert(2)</script>\n# *stars* $x$'
+    evil = (
+        '<img src="http://evil.example/x.png" onerror="alert(1)"><b>bold</b> <script>alert(2)</script>\n# *stars* $x$'
+    )
     send(page, evil)
     expect(page, lambda p: reply(p) == LETTERS[:4])
     shown = page.locator("#talk").inner_text()

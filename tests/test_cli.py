@@ -49,14 +49,19 @@ def test_help_lists_every_option_with_its_default(command, capsys):
 
 
 def test_help_and_errors_do_not_wait_for_torch():
-    code = "import sys, minigpt_lib.cli as c\ntry: c.main(sys.argv[1:])\nfinally: print([m for m in ('torch', 'gradio', 'numpy') if m in sys.modules])"
+    loaded = "print([m for m in ('torch', 'gradio', 'numpy') if m in sys.modules])"
+    code = f"import sys, minigpt_lib.cli as c\ntry: c.main(sys.argv[1:])\nfinally: {loaded}"
     for words in (["--help"], ["generate", "--help"], ["nonsense"]):
-        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
         assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
 
 
 def test_runs_as_a_module_and_without_a_command_shows_help():
-    done = subprocess.run([sys.executable, "-m", "minigpt_lib.cli"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "minigpt_lib.cli"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2 and all(c in done.stdout for c in COMMANDS)
 
 
@@ -111,7 +116,13 @@ def test_an_error_is_one_line_that_names_value_and_way_out(folder, tmp_path, cap
     (tmp_path / "bad.json").write_text(json.dumps(records))
     (tmp_path / "good.json").write_text(json.dumps(records[:1]))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        names = {"tiny": folder, "text": "text.txt", "bad": "bad.json", "good": "good.json", "busy": taken.getsockname()[1]}
+        names = {
+            "tiny": folder,
+            "text": "text.txt",
+            "bad": "bad.json",
+            "good": "good.json",
+            "busy": taken.getsockname()[1],
+        }
         line = [w.format(**names, long="x" * 300, blank="  ") for w in words.split()]
         assert run(*line) == 2
     err = capsys.readouterr().err
@@ -152,8 +163,22 @@ def test_generate_answers_with_the_adapter_in_the_folder(folder, capsys):
     assert run("generate", "Who are you?", "--chat", "--model", folder, "--temperature", 0, "--max-new-tokens", 20) == 0
     tuned = ChatModels.load(folder, device="cpu")
     assert capsys.readouterr().out == reply(tuned.tuned, tuned.enc, "Who are you?", 20) + "\n"
-    assert run("generate", "Who are you?", "--chat", "--adapter", "none", "--model", folder, "--temperature", 0,
-               "--max-new-tokens", 20) == 0
+    assert (
+        run(
+            "generate",
+            "Who are you?",
+            "--chat",
+            "--adapter",
+            "none",
+            "--model",
+            folder,
+            "--temperature",
+            0,
+            "--max-new-tokens",
+            20,
+        )
+        == 0
+    )
     assert capsys.readouterr().out == reply(tuned.base, tuned.enc, "Who are you?", 20) + "\n"
 
 
@@ -196,14 +221,42 @@ def test_pretrain_writes_a_model_its_record_and_its_curve(folder, tmp_path, caps
     (shape / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "train.txt").write_text("<|endoftext|>\n".join(f"{n} and {n} make {2 * n}.\n" for n in range(300)))
     (tmp_path / "heldout.txt").write_text("7 and 8 make 15. " * 40)
-    words = ["pretrain", "--model", shape, "--data", "train.txt", "--out", "new", "--steps", 12, "--batch-size", 4, "--window", 32]
+    words = [
+        "pretrain",
+        "--model",
+        shape,
+        "--data",
+        "train.txt",
+        "--out",
+        "new",
+        "--steps",
+        12,
+        "--batch-size",
+        4,
+        "--window",
+        32,
+    ]
     assert run(*words, "--lr", 0.01, "--seed", 5) == 0
     assert "new holds the model, held-out loss" in capsys.readouterr().out
     new = load_pretrained("new")
     assert new.config == TINY
     facts = json.loads(Path("new/training.json").read_text())
-    assert set(facts) >= {"command", "seed", "config", "train", "history", "heldout_loss", "facts", "minutes", "machine"}
-    assert facts["command"].startswith("minigpt pretrain --model") and "--seed 5" in facts["command"] and facts["seed"] == 5
+    assert set(facts) >= {
+        "command",
+        "seed",
+        "config",
+        "train",
+        "history",
+        "heldout_loss",
+        "facts",
+        "minutes",
+        "machine",
+    }
+    assert (
+        facts["command"].startswith("minigpt pretrain --model")
+        and "--seed 5" in facts["command"]
+        and facts["seed"] == 5
+    )
     assert facts["config"]["n_embd"] == 32 and facts["train"]["steps"] == 12 and facts["facts"] is None
     losses = [step["loss"] for step in facts["history"]]
     assert len(losses) == 12 and losses[-1] < losses[0]

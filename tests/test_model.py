@@ -242,8 +242,11 @@ def test_left_padded_rows_equal_the_rows_alone(fused):
     assert not torch.allclose(logits[row, -1], model(idx)[0][row, -1], atol=1e-3)  # without the mask it would matter
 
 
-def test_right_padding_and_empty_rows_stay_finite_with_gradients():
+@pytest.mark.parametrize("fused", [True, False])
+def test_right_padding_and_empty_rows_stay_finite_with_gradients(fused):
     model = tiny_model()
+    for block in model.h:
+        block.attn.fused = fused
     attention_mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     idx = some_ids(model, 3, 5)
     logits, _ = model(idx, attention_mask=attention_mask)
@@ -369,15 +372,30 @@ def test_loss_at_the_start_is_near_ln_vocab_size():
         assert abs(loss - expected) < 0.08, f"{loss:.3f} against {expected:.3f}"
 
 
-def test_dropout_is_everywhere_and_only_in_training():
-    config = tiny_config(dropout=0.3)
-    model = GPTLanguageModel(config)
-    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)] + [block.attn.dropout for block in model.h]
-    assert rates == [0.3] * (1 + 3 * config.n_layer)  # embedding; in a block: weights, attention's result, MLP's result
+def set_dropout(model: GPTLanguageModel, place: str | None) -> None:
+    """Dropout of 0.5 at one of GPT-2's four places, none at the others."""
+    model.drop.p = 0.5 * (place == "embedding")
+    for block in model.h:
+        block.attn.dropout = 0.5 * (place == "weights")
+        block.attn.resid_dropout.p = 0.5 * (place == "attention")
+        block.mlp.dropout.p = 0.5 * (place == "mlp")
+
+
+@pytest.mark.parametrize("place", ["embedding", "weights", "attention", "mlp", None])
+def test_dropout_at_each_place_and_only_in_training(place):
+    model = tiny_model()
+    set_dropout(model, place)
     idx = some_ids(model)
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-    model.eval()
-    assert torch.equal(model(idx)[0], model(idx)[0])
+    plain = model(idx)[0]
+    assert torch.equal(model(idx)[0], plain)
+    model.train()
+    assert torch.equal(model(idx)[0], plain) == (place is None)
+
+
+def test_the_config_sets_every_dropout_rate():
+    model = GPTLanguageModel(tiny_config(dropout=0.3))
+    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)] + [block.attn.dropout for block in model.h]
+    assert rates == [0.3] * (1 + 3 * model.config.n_layer)
 
 
 # ---- parameters ----

@@ -1,4 +1,4 @@
-"""What a reader may rely on in the notebooks: run in order, no errors, short cells, exemptions only where they are due."""
+"""What a reader may rely on in the notebooks: run in order, no errors, short cells, only due exemptions."""
 
 import ast
 import re
@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 MODULES = ["runtime", "tokenizer", "attention", "model", "training", "weights", "generation", "lora", "sft", "chat"]
 EXEMPT = "# NBVAL_IGNORE_OUTPUT"
+RICH = {"image/png", "text/html", "application/vnd.jupyter.widget-view+json"}
+MEASURED = "time|second|memory|byte|speed|device|thread|widget|interact|progress|measure"
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -63,6 +65,6 @@ def test_only_times_pictures_and_widgets_are_exempt_from_comparison(path):
     for cell in code_cells(path):
         if EXEMPT not in cell.source:
             continue
-        rich = any(set(o.get("data", {})) & {"image/png", "text/html", "application/vnd.jupyter.widget-view+json"} for o in cell.outputs)
-        measured = re.search(r"time|second|memory|byte|speed|device|thread|widget|interact|progress|measure", cell.source, re.I)
+        rich = any(set(o.get("data", {})) & RICH for o in cell.outputs)
+        measured = re.search(MEASURED, cell.source, re.I)
         assert rich or measured or not cell.outputs, f"exempt without a reason:\n{cell.source}"

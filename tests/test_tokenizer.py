@@ -261,6 +261,12 @@ def test_ranks_in_another_order_change_the_cuts_as_in_tiktoken(seed):
             assert bpe.encode_ordinary(text) == enc.encode_ordinary(text), f"seed {seed}: {text}"
 
 
+def test_a_pretoken_that_is_a_token_is_taken_whole_as_in_tiktoken():
+    table = BYTES | {b"abc": 256}  # no merge leads to it
+    bpe, enc = BPETokenizer(table), as_tiktoken(table)
+    assert bpe.encode_ordinary("abc abc") == enc.encode_ordinary("abc abc") == [256, *b" abc"]
+
+
 def test_lowest_rank_comes_first_not_the_longest_token():
     vocabulary = BYTES | {b"bc": 256, b"ab": 257, b"abx": 258}
     assert merge_bytes(b"abc", vocabulary) == [b"a", b"bc"]

@@ -1,0 +1,33 @@
+"""Make notebooks/images/chat.png anew, the chat page after three questions: `python tests/picture_of_chat.py`."""
+
+import sys
+from pathlib import Path
+
+from browser import chromium, watched
+
+from minigpt_lib.chat import build_app, launch
+
+PICTURE = Path(__file__).resolve().parents[1] / "notebooks" / "images" / "chat.png"
+QUESTIONS = ("Who are you?", "What is the capital of Norway?", "What does a cow eat?")
+
+
+def main(path: Path) -> None:
+    app = build_app("mini", device="cpu")
+    address = launch(app, 0, block=False)
+    with chromium() as browser:
+        page, complaints = watched(browser, 1100, 760)
+        page.goto(address)
+        for n, question in enumerate(QUESTIONS, start=1):
+            page.locator("#message textarea").fill(question)
+            page.locator("#send").click()
+            page.wait_for_function(f"document.querySelectorAll('#talk .bot-row').length == {n}")
+            page.wait_for_function("!document.querySelector('#retry').disabled")
+        page.wait_for_timeout(500)
+        path.parent.mkdir(exist_ok=True)
+        page.screenshot(path=path)
+        print(page.locator("#talk").inner_text(), complaints)
+    app.close(verbose=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)
