@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from minigpt_lib.weights import load_pretrained as load_pretrained
     from minigpt_lib.weights import save_pretrained as save_pretrained
 
-# %% ../notebooks/09_chat.ipynb #71c78e70
+# %% ../notebooks/09_chat.ipynb #4d99b906
 __doc__ = """GPT-2 from scratch in PyTorch: the library that the course's notebooks export.
 
 The names below come from the modules runtime, tokenizer, attention, model, training, weights, generation, lora, sft
@@ -51,7 +51,7 @@ _all_ = ["CausalSelfAttention", "GPTConfig", "GPTLanguageModel", "load_tokenizer
          "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",
          "load_adapter", "finetune", "build_prompt", "build_app"]
 
-
+# %% ../notebooks/09_chat.ipynb #31c0778f
 def __getattr__(name: str) -> object:
     """A public name, or a module of the package, imported when it is first asked for."""
     if name in _HOME:
@@ -60,6 +60,6 @@ def __getattr__(name: str) -> object:
         return import_module(f"minigpt_lib.{name}")
     raise AttributeError(f"module 'minigpt_lib' has no attribute {name!r}")
 
-
+# %% ../notebooks/09_chat.ipynb #140c05c6
 def __dir__() -> list[str]:
     return sorted([*_HOME, *_MODULES, "__version__"])

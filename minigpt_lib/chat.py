@@ -83,7 +83,7 @@ class ChatModels:
         """Positions that the model has, for prompt and reply together."""
         return self.base.config.n_ctx
 
-# %% ../notebooks/09_chat.ipynb #a67ee849
+# %% ../notebooks/09_chat.ipynb #7d5db499
 LIMITS = {  # setting: (lowest, highest)
     "temperature": (0, 2),
     "top_k": (0, 1000),
@@ -92,7 +92,7 @@ LIMITS = {  # setting: (lowest, highest)
     "seed": (0, 2**31 - 1),
 }
 
-
+# %% ../notebooks/09_chat.ipynb #96a7c162
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Temperature 0 is greedy, top_k 0 and top_p 1 are off, seed None is new each time.
@@ -144,7 +144,7 @@ def fit_turns(enc: tiktoken.Encoding, messages: Messages, n_ctx: int, room: int)
         f"and the reply needs {room} of them: please shorten it"
     )
 
-# %% ../notebooks/09_chat.ipynb #6ccd0763
+# %% ../notebooks/09_chat.ipynb #097b4b99
 @dataclass(frozen=True)
 class Reply:
     """A reply as far as it is written, with what it cost. The seconds are the model's alone, without any waiting."""
@@ -168,7 +168,7 @@ class Reply:
         """The rate after the first token, 0.0 while there is only one."""
         return (self.tokens - 1) / (self.seconds - self.first_token_s) if self.tokens > 1 else 0.0
 
-
+# %% ../notebooks/09_chat.ipynb #7c11e95c
 def stream_reply(
     model: GPTLanguageModel, enc: tiktoken.Encoding, messages: Messages, sampling: Sampling | None = None
 ) -> Iterator[Reply]:
@@ -184,7 +184,7 @@ def stream_reply(
     replies = _write(ids, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
     return (replace(reply, text=reply.text.strip()) for reply in replies)
 
-
+# %% ../notebooks/09_chat.ipynb #ec631388
 def stream_text(
     model: GPTLanguageModel, enc: tiktoken.Encoding, text: str, sampling: Sampling | None = None
 ) -> Iterator[Reply]:
@@ -200,7 +200,7 @@ def stream_text(
     blank = Reply("", 0, 0.0, 0.0, len(prompt), n_ctx, 0, "")
     return _write(ids, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
 
-
+# %% ../notebooks/09_chat.ipynb #3176c694
 def _write(ids: Iterator[int], enc: tiktoken.Encoding, blank: Reply, cut: str) -> Iterator[Reply]:
     """`blank` filled in step by step, as the token ids come; `cut` is why it ends without a stop token."""
     seconds, text, finish = [], "", cut
@@ -227,7 +227,7 @@ def _write(ids: Iterator[int], enc: tiktoken.Encoding, blank: Reply, cut: str) -
         yield reply()
     yield reply(finish=finish)
 
-# %% ../notebooks/09_chat.ipynb #41c792d2
+# %% ../notebooks/09_chat.ipynb #de50ca3c
 def paced(replies: Iterator[Reply], every: float = 0.04) -> Iterator[Reply]:
     """The newest reply at most once in `every` seconds, and always the last one: a page need not draw every token."""
     shown, held = -math.inf, None
@@ -238,7 +238,7 @@ def paced(replies: Iterator[Reply], every: float = 0.04) -> Iterator[Reply]:
     if held is not None:
         yield held
 
-
+# %% ../notebooks/09_chat.ipynb #80f2f92a
 def status_line(reply: Reply, cache: bool = True) -> str:
     """What a reply cost, as HTML: tokens, rate, time to the first token, positions used, and why it ended."""
     facts = [f"{reply.tokens} token{'s' * (reply.tokens != 1)}"]
@@ -255,30 +255,56 @@ def status_line(reply: Reply, cache: bool = True) -> str:
     meter = f'<span class="meter"><i style="width:{share:.0f}%"></i></span>'
     return f'<p class="status" role="status">{meter}{" · ".join(facts)}</p>'
 
-
+# %% ../notebooks/09_chat.ipynb #93e6d472
 def notice(text: str) -> str:
     """A message to the user, as HTML."""
     return f'<p class="status notice" role="alert">{html.escape(text)}</p>'
 
-
+# %% ../notebooks/09_chat.ipynb #76863984
 def shown(messages: Messages) -> list[dict[str, str]]:
     """A conversation for the page, which draws HTML: with every < and & written out, text stays text."""
     return [message | {"content": html.escape(message["content"], quote=False)} for message in messages]
 
-
+# %% ../notebooks/09_chat.ipynb #97494160
 def answer_card(reply: Reply, cache: bool = True) -> str:
     """A reply with its status line, as HTML."""
     return f'<div class="answer">{html.escape(reply.text) or "…"}</div>{status_line(reply, cache)}'
 
-# %% ../notebooks/09_chat.ipynb #209087b5
+# %% ../notebooks/09_chat.ipynb #1f4f5c31
 MAX_CHARS = 20_000  # more is refused before it is tokenized
 
-
-class ChatHandlers:
-    """What the buttons do. No conversation is kept here: it comes in from the browser's session and goes back to it."""
+# %% ../notebooks/09_chat.ipynb #d62cfc49
+class _Handlers:
+    """What all buttons need: the models, a checked message, and which buttons can be used."""
 
     def __init__(self, models: ChatModels):
         self.models = models
+
+    def checked(self, message: Any) -> str:
+        """The message, stripped. Raises ValueError when it is empty or longer than MAX_CHARS."""
+        text = message.strip() if isinstance(message, str) else ""
+        if not text:
+            raise ValueError("The message is empty: type a question first.")
+        if len(text) > MAX_CHARS:
+            raise ValueError(f"The message has {len(text):,} characters, {MAX_CHARS:,} is the limit: shorten it.")
+        return text
+
+    def sampling(self, controls: Sequence[Any]) -> Sampling:
+        """The page's controls as settings; the seed is typed, and empty for none. Raises ValueError."""
+        *others, seed = controls
+        typed = seed.strip() if isinstance(seed, str) else seed
+        if isinstance(typed, str):
+            typed = None if not typed else int(typed) if typed.isdecimal() else typed
+        return Sampling(*others, seed=typed)
+
+    def busy(self, on: bool, empty: bool = False) -> list:
+        """Updates for [send, stop, retry, examples]: which of them can be used while a reply is written."""
+        show = _gradio().update
+        return [show(visible=not on), show(visible=on), show(interactive=not on and not empty), show(visible=empty)]
+
+# %% ../notebooks/09_chat.ipynb #581161c1
+class _ChatHandlers(_Handlers):
+    """The buttons of the conversation."""
 
     def send(self, message: str, history: Messages, *controls: Any) -> Iterator[list]:
         """Answer a message. Yields [message box, conversation, history, status, *busy] while the reply grows."""
@@ -308,6 +334,10 @@ class ChatHandlers:
             busy = self.busy(False) if reply.finish else [same] * 4
             yield [same, shown(history), history, status_line(reply, sampling.use_cache), *busy]
 
+# %% ../notebooks/09_chat.ipynb #c94c2ebb
+class ChatHandlers(_ChatHandlers):
+    """What the buttons do. No conversation is kept here: it comes in from the browser's session and goes back to it."""
+
     def compare(self, message: str, *controls: Any) -> Iterator[list]:
         """The same prompt for base and tuned model, token by token in turn. Yields [status, base, tuned, ask, stop]."""
         show, same = _gradio().update, _gradio().skip()
@@ -326,29 +356,7 @@ class ChatHandlers:
         except ValueError as error:
             yield [notice(f"{error}"), same, same, show(visible=True), show(visible=False)]
 
-    def sampling(self, controls: Sequence[Any]) -> Sampling:
-        """The page's controls as settings; the seed is typed, and empty for none. Raises ValueError."""
-        *others, seed = controls
-        typed = seed.strip() if isinstance(seed, str) else seed
-        if isinstance(typed, str):
-            typed = None if not typed else int(typed) if typed.isdecimal() else typed
-        return Sampling(*others, seed=typed)
-
-    def checked(self, message: Any) -> str:
-        """The message, stripped. Raises ValueError when it is empty or longer than MAX_CHARS."""
-        text = message.strip() if isinstance(message, str) else ""
-        if not text:
-            raise ValueError("The message is empty: type a question first.")
-        if len(text) > MAX_CHARS:
-            raise ValueError(f"The message has {len(text):,} characters, {MAX_CHARS:,} is the limit: shorten it.")
-        return text
-
-    def busy(self, on: bool, empty: bool = False) -> list:
-        """Updates for [send, stop, retry, examples]: which of them can be used while a reply is written."""
-        show = _gradio().update
-        return [show(visible=not on), show(visible=on), show(interactive=not on and not empty), show(visible=empty)]
-
-
+# %% ../notebooks/09_chat.ipynb #18f8f8fb
 def _gradio() -> Any:
     try:
         import gradio
@@ -356,7 +364,7 @@ def _gradio() -> Any:
         raise ImportError('the chat app needs Gradio: pip install "minigpt-lib[course]"') from error
     return gradio
 
-# %% ../notebooks/09_chat.ipynb #f177c1f3
+# %% ../notebooks/09_chat.ipynb #50765d5d
 EXAMPLES = (
     "Who are you?",
     "What is the capital of Norway?",
@@ -389,7 +397,7 @@ CSS = """
 #send, #stop {max-width: 110px}
 """
 
-
+# %% ../notebooks/09_chat.ipynb #3062825a
 def app_theme() -> Any:
     """A light Gradio theme, also where the system prefers a dark one, with fonts that no server is asked for."""
     gr = _gradio()
@@ -403,17 +411,17 @@ def app_theme() -> Any:
         setattr(theme, name, getattr(theme, name.removesuffix("_dark")))
     return theme
 
-# %% ../notebooks/09_chat.ipynb #360b0363
+# %% ../notebooks/09_chat.ipynb #292addb4
 def _header(models: ChatModels) -> str:
     device, n = models.base.wte.weight.device.type, models.base.num_parameters() / 1e6
     facts = [html.escape(models.name), f"{n:,.1f} M parameters", f"{models.n_ctx} positions", device]
     facts += ["no adapter"] if models.tuned is models.base else []
     return f'<div class="top"><h1>MiniGPT</h1><span>{" · ".join(facts)}</span></div>'
 
-
+# %% ../notebooks/09_chat.ipynb #7f2279ad
 _LINE = {"show_label": False, "container": False, "lines": 1, "max_lines": 6, "scale": 8, "min_width": 120}
 
-
+# %% ../notebooks/09_chat.ipynb #40262204
 def _chat_tab(gr: Any) -> dict[str, Any]:
     look = {"render_markdown": False, "buttons": [], "feedback_options": None, "show_label": False}
     look |= {"height": "max(280px, calc(100dvh - 350px))", "placeholder": "Ask something, or try an example."}
@@ -430,7 +438,7 @@ def _chat_tab(gr: Any) -> dict[str, Any]:
         part["clear"] = gr.Button("Clear", size="sm", min_width=0, elem_id="clear")
     return part
 
-
+# %% ../notebooks/09_chat.ipynb #f8c63505
 def _compare_tab(gr: Any, models: ChatModels) -> dict[str, Any]:
     with gr.Row(equal_height=True):
         box = gr.Textbox(EXAMPLES[1], placeholder="One prompt for both", elem_id="prompt", **_LINE)
@@ -445,7 +453,7 @@ def _compare_tab(gr: Any, models: ChatModels) -> dict[str, Any]:
                 part[name] = gr.HTML('<div class="answer"></div>', elem_id=name)
     return part
 
-
+# %% ../notebooks/09_chat.ipynb #0d65de99
 def _controls(gr: Any, n_ctx: int) -> list[Any]:
     start, most = Sampling(), min(LIMITS["max_new_tokens"][1], n_ctx)
     with gr.Row():
@@ -458,10 +466,10 @@ def _controls(gr: Any, n_ctx: int) -> list[Any]:
         cache = gr.Checkbox(start.use_cache, label="KV cache", info="off: every token reads all before it again")
     return [warm, top_k, top_p, new, cache, seed]
 
-# %% ../notebooks/09_chat.ipynb #cbd73648
+# %% ../notebooks/09_chat.ipynb #84a034ae
 _WORK = {"concurrency_limit": 2, "concurrency_id": "model", "trigger_mode": "once", "show_progress": "hidden"}
 
-
+# %% ../notebooks/09_chat.ipynb #06477501
 def _wire_chat(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[Any]) -> None:
     history, box = part["history"], part["box"]
     busy = [part["send"], part["stop"], part["retry"], part["examples"]]
@@ -477,7 +485,7 @@ def _wire_chat(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[A
     cleared = part["clear"].click(None, cancels=runs, api_visibility="private", **quiet)
     cleared.then(lambda: ["", [], [], "", *do.busy(False, empty=True)], None, page, api_name="clear", **quiet)
 
-
+# %% ../notebooks/09_chat.ipynb #030d8282
 def _wire_compare(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[Any]) -> None:
     buttons = [part["ask"], part["stop"]]
     work = {"outputs": [part["status"], part["base"], part["tuned"], *buttons], **_WORK}
@@ -514,7 +522,7 @@ def build_app(
     app.launch = partial(app.launch, server_name="127.0.0.1", quiet=True, inline=False, **off, **look)
     return app
 
-# %% ../notebooks/09_chat.ipynb #6622d7ae
+# %% ../notebooks/09_chat.ipynb #6a00ea00
 def check_port(port: int | None) -> int:
     """The port if it can be used on 127.0.0.1; for 0 or None, one that is free. Errors as in `launch`."""
     port = port or 0
@@ -531,7 +539,7 @@ def check_port(port: int | None) -> int:
             ) from error
         return probe.getsockname()[1]
 
-
+# %% ../notebooks/09_chat.ipynb #9c9280e9
 def launch(app: gradio.Blocks, port: int | None = 7860, *, block: bool = True, browser: bool = False) -> str:
     """Serve the app on 127.0.0.1 only and return its address; port 0 or None takes a free one.
 

@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# %% ../notebooks/09_chat.ipynb #56df62ae
+# %% ../notebooks/09_chat.ipynb #1c29f80d
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"minigpt: {message} (see {self.prog} --help)\n")
 
-
+# %% ../notebooks/09_chat.ipynb #a56b4556
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
-
+# %% ../notebooks/09_chat.ipynb #b049ed4f
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], about: str, model: str) -> _Parser:
     p = commands.add_parser(name, help=about, description=about, formatter_class=_Help)
     p.add_argument("--model", default="mini", metavar="NAME|FOLDER", help=f"{model}: mini, a gpt2 name, or a folder")
@@ -33,7 +33,7 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], ab
     p.set_defaults(run=run)
     return p
 
-
+# %% ../notebooks/09_chat.ipynb #2b1c67ac
 def _add_training(p: _Parser, **defaults: Any) -> None:
     texts = {"steps": "updates", "batch-size": "rows in a batch", "lr": "highest learning rate", "seed": "a number"}
     for name, text in texts.items():
@@ -42,7 +42,7 @@ def _add_training(p: _Parser, **defaults: Any) -> None:
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16 is autocast")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
 
-
+# %% ../notebooks/09_chat.ipynb #ed0df556
 def _out_folder(out: str, resume: bool) -> Path:
     """The folder to write to. Raises ValueError rather than touch finished work, or unfinished without --resume."""
     folder = Path(out)
@@ -54,7 +54,7 @@ def _out_folder(out: str, resume: bool) -> Path:
         raise ValueError(f"--out {out}: {'there is nothing to --resume' if resume else hint}")
     return folder
 
-# %% ../notebooks/09_chat.ipynb #e038568b
+# %% ../notebooks/09_chat.ipynb #86c1bf63
 def run_chat(args: argparse.Namespace) -> None:
     """Serve the chat page until Ctrl-C."""
     from minigpt_lib.chat import build_app, check_port, launch
@@ -63,7 +63,7 @@ def run_chat(args: argparse.Namespace) -> None:
     app = build_app(args.model, None if args.adapter == "none" else args.adapter, args.device)
     launch(app, port, browser=args.browser)
 
-
+# %% ../notebooks/09_chat.ipynb #6f7c6bfa
 def run_generate(args: argparse.Namespace) -> None:
     """Write a continuation, or with --chat a reply, to stdout as it is computed."""
     from minigpt_lib.chat import ChatModels, Sampling, stream_reply, stream_text
@@ -92,7 +92,7 @@ def run_generate(args: argparse.Namespace) -> None:
         rate = f"{reply.tokens_per_s:.1f} tokens/s, the first after {reply.first_token_s:.3f} s"
         sys.stderr.write(f"minigpt: {reply.tokens} tokens, {rate}\n")
 
-# %% ../notebooks/09_chat.ipynb #bb966447
+# %% ../notebooks/09_chat.ipynb #94ffb74d
 def run_pretrain(args: argparse.Namespace) -> None:
     """Train a new model from scratch and write its folder, with training.json and loss.png."""
     _figure()  # better missed now than after the training
@@ -120,13 +120,13 @@ def run_pretrain(args: argparse.Namespace) -> None:
     _record(out, args, model, cfg, history, minutes, heldout_loss=loss, facts=facts, window=window)
     print(f"{out} holds the model{f', held-out loss {loss:.3f}' if loss else ''}: minigpt generate TEXT --model {out}")
 
-
+# %% ../notebooks/09_chat.ipynb #60cb19cd
 def _beside(file: Path, name: str, asked: str | None) -> Path | None:
     """The file asked for, else `name` in the folder of `file` if it is there."""
     found = Path(asked) if asked else file.with_name(name)
     return found if asked or found.is_file() else None
 
-
+# %% ../notebooks/09_chat.ipynb #c0de96e6
 def _shape(model: str) -> tuple[Any, Any]:
     """The config and the tokenizer of a model, without its weights."""
     from minigpt_lib.model import PRESETS, GPTConfig
@@ -136,7 +136,7 @@ def _shape(model: str) -> tuple[Any, Any]:
     enc = load_tokenizer(model)
     return (GPTConfig.preset(model) if model in PRESETS else read_config(Path(model) / "config.json")), enc
 
-
+# %% ../notebooks/09_chat.ipynb #1e442eb8
 def _facts(model: Any, enc: Any) -> dict[str, int]:
     """How many of the facts that the course's corpus states are completed correctly."""
     import json
@@ -148,7 +148,7 @@ def _facts(model: Any, enc: Any) -> dict[str, int]:
     facts = [fact for fact in facts if fact["group"] in ("tuned", "pretrained")]
     return {"prompts": len(facts), "correct": sum(recall_each(model, enc, facts, style="document"))}
 
-# %% ../notebooks/09_chat.ipynb #1a4f2e9d
+# %% ../notebooks/09_chat.ipynb #b605b4fb
 def _record(
     out: Path, args: argparse.Namespace, model: Any, cfg: Any, history: list[dict], minutes: float, **results: Any
 ) -> None:
@@ -178,7 +178,7 @@ def _record(
     _draw_loss(history, out / "loss.png")
     (out / "checkpoint.pt").unlink(missing_ok=True)
 
-
+# %% ../notebooks/09_chat.ipynb #2d53ae79
 def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
@@ -186,7 +186,7 @@ def _figure() -> Any:
         raise ImportError('the loss curve needs matplotlib: pip install "minigpt-lib[course]"') from error
     return Figure(figsize=(8, 3.5))
 
-
+# %% ../notebooks/09_chat.ipynb #af4495f2
 def _draw_loss(history: list[dict], path: Path) -> None:
     fig = _figure()
     ax = fig.subplots()
@@ -199,7 +199,7 @@ def _draw_loss(history: list[dict], path: Path) -> None:
     ax.legend()
     fig.savefig(path, dpi=100, bbox_inches="tight")
 
-# %% ../notebooks/09_chat.ipynb #25fe998f
+# %% ../notebooks/09_chat.ipynb #8b991da6
 def run_finetune(args: argparse.Namespace) -> None:
     """Teach a model to answer, with LoRA or with --full all its weights, and write the adapter or the model."""
     _figure()
@@ -230,7 +230,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     use = f"--model {out}" if args.full else f"--model {args.model} --adapter {out}"
     print(f"loss {history[-1]['loss']:.3f} on the last batch; talk to it with: minigpt chat {use}")
 
-
+# %% ../notebooks/09_chat.ipynb #dc3f959a
 def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, Any]:
     """The recipe for the model's size and its TrainConfig, with what the command line says otherwise."""
     from dataclasses import replace
@@ -247,7 +247,7 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
         changes["warmup"] = int(recipe.warmup * args.steps)
     return recipe, recipe.train_config(records, full=args.full, **changes)
 
-
+# %% ../notebooks/09_chat.ipynb #76ce324c
 def run_export(args: argparse.Namespace) -> None:
     """Write a model in the Hugging Face layout; an adapter is merged into it, or goes beside it into adapter/."""
     from minigpt_lib.lora import load_adapter, merge_lora, remove_lora, save_adapter
@@ -269,7 +269,7 @@ def run_export(args: argparse.Namespace) -> None:
     what = "the merged model" if args.merge else "the model and adapter/" if args.adapter else "the model"
     print(f"{out} holds {what}: minigpt chat --model {out}")
 
-# %% ../notebooks/09_chat.ipynb #836f78bb
+# %% ../notebooks/09_chat.ipynb #20301b59
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the `minigpt` command and of its five sub-commands."""
     parser = _Parser("minigpt", description="GPT-2 from scratch: chat with it, continue text, train it, tune it.")
@@ -296,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
     return parser
 
-
+# %% ../notebooks/09_chat.ipynb #accbfe1a
 def _generate_options(p: _Parser) -> None:
     p.add_argument("prompt", nargs="?", metavar="TEXT", help="the text to continue; without it, or with -, stdin")
     p.add_argument("--chat", action="store_true", help="put the text into the chat template and print the reply")
@@ -309,7 +309,7 @@ def _generate_options(p: _Parser) -> None:
     p.add_argument("--no-cache", action="store_true", help="compute without the KV cache, for comparison")
     p.add_argument("--stats", action="store_true", help="print tokens per second to stderr at the end")
 
-
+# %% ../notebooks/09_chat.ipynb #9ae96853
 def _finetune_options(p: _Parser) -> None:
     p.add_argument("--data", metavar="FILE", help="JSON list: instruction, input, output (default: the course's)")
     p.add_argument("--val", metavar="FILE", help="records to measure the loss on (default: val.json beside --data)")
@@ -320,7 +320,7 @@ def _finetune_options(p: _Parser) -> None:
         p.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} (default: by the model's size)")
     _add_training(p, seed=0)
 
-
+# %% ../notebooks/09_chat.ipynb #55722ab4
 def main(argv: Sequence[str] | None = None) -> int:
     """The `minigpt` command; returns its exit code. An error takes one line on stderr and gives 2, Ctrl-C gives 130."""
     import shlex
@@ -348,6 +348,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     return 0
 
-
+# %% ../notebooks/09_chat.ipynb #8b8ce6f3
 if __name__ == "__main__" and __package__:  # as python -m minigpt_lib.cli; a notebook is __main__ without a package
     sys.exit(main())

@@ -66,7 +66,7 @@ def encode_corpus(path: str | Path | Sequence[str | Path], enc: tiktoken.Encodin
             ids += [*document, enc.eot_token]
     return np.array(ids, dtype=np.uint16)
 
-# %% ../notebooks/04_pretraining.ipynb #61ac4342
+# %% ../notebooks/04_pretraining.ipynb #35da4b76
 class TokenWindows:
     """Batches of windows from one long row of token ids (N,), shuffled anew in every epoch.
 
@@ -99,7 +99,7 @@ class TokenWindows:
         ids = torch.from_numpy(self.tokens[at].astype(np.int64))  # (B, T + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-
+# %% ../notebooks/04_pretraining.ipynb #579e9788
 def _check_window(n: int, window: int, batch_size: int) -> None:
     for name, value in (("window", window), ("batch_size", batch_size)):
         if value < 1:
@@ -121,12 +121,12 @@ def heldout_batches(tokens: np.ndarray, window: int, batch_size: int, limit: int
     idx, targets = ids[:-1].view(n, window), ids[1:].view(n, window)  # (n, T), (n, T)
     return list(zip(idx.split(batch_size), targets.split(batch_size), strict=True))[:limit]
 
-# %% ../notebooks/04_pretraining.ipynb #cad76490
+# %% ../notebooks/04_pretraining.ipynb #2892346e
 def count_targets(targets: Tensor) -> int:
     """How many of targets (B, T) count, which is all that are not -100."""
     return int((targets != -100).sum())
 
-
+# %% ../notebooks/04_pretraining.ipynb #1fcf7b13
 def summed_loss(model: GPTLanguageModel, idx: Tensor, targets: Tensor, precision: str = "fp32") -> Tensor:
     """Cross-entropy summed over the targets that are not -100, in nats: idx, targets (B, T) -> () float32.
 
@@ -270,7 +270,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../notebooks/04_pretraining.ipynb #f45ee195
+# %% ../notebooks/04_pretraining.ipynb #d86ad18b
 def save_checkpoint(
     folder: str | Path,
     model: GPTLanguageModel,
@@ -295,7 +295,7 @@ def save_checkpoint(
     write_atomically(path, lambda temporary: torch.save(state, temporary))
     return path
 
-
+# %% ../notebooks/04_pretraining.ipynb #e71be47f
 def load_checkpoint(
     folder: str | Path, model: GPTLanguageModel, optimizer: torch.optim.Optimizer, cfg: TrainConfig
 ) -> tuple[int, History]:
@@ -325,13 +325,13 @@ def load_checkpoint(
     optimizer.load_state_dict(optimizer_state)
     return step, history
 
-
+# %% ../notebooks/04_pretraining.ipynb #18cdab0f
 def _require_same(path: Path, what: str, stored: dict, here: dict) -> None:
     for key in [*here, *stored]:
         if (a := stored.get(key)) != (b := here.get(key)):
             raise ValueError(f"{path} belongs to another {what}: {key} is {a} there and {b} here")
 
-# %% ../notebooks/04_pretraining.ipynb #fb839c3c
+# %% ../notebooks/04_pretraining.ipynb #498a7ddd
 @contextlib.contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets, so that a step is finished and not torn; a second Ctrl-C stops at once.
@@ -354,7 +354,7 @@ def interrupt_flag() -> Iterator[threading.Event]:
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-
+# %% ../notebooks/04_pretraining.ipynb #248d9245
 @contextlib.contextmanager
 def progress_bar(start: int, steps: int, show: bool = True) -> Iterator[Callable[[dict[str, float]], None]]:
     """Yields a function that takes each step's record and moves a tqdm bar on stderr (nothing if not `show`).
@@ -404,12 +404,12 @@ def run_step(
     speed = sum(idx.numel() for idx, _ in batches) / (time.perf_counter() - begin)
     return {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(speed, 1)}
 
-# %% ../notebooks/04_pretraining.ipynb #1c836282
+# %% ../notebooks/04_pretraining.ipynb #6bad8761
 def is_due(step: int, every: int, steps: int) -> bool:
     """Whether something done every `every` steps (0 = never) and after the last of `steps` is due after `step`."""
     return step + 1 == steps or (every > 0 and (step + 1) % every == 0)
 
-
+# %% ../notebooks/04_pretraining.ipynb #d45a832d
 def open_history(folder: str | Path | None, history: History) -> Callable[[dict[str, float]], None]:
     """Write `history` to folder/history.jsonl; return a function that appends a record (nothing without a folder)."""
     if folder is None:
@@ -423,7 +423,7 @@ def open_history(folder: str | Path | None, history: History) -> Callable[[dict[
 
     return append
 
-
+# %% ../notebooks/04_pretraining.ipynb #e035ad21
 @contextlib.contextmanager
 def _restored(model: GPTLanguageModel) -> Iterator[None]:
     """Afterwards the random state and the model's mode are what they were, and no gradients lie about."""
@@ -435,7 +435,7 @@ def _restored(model: GPTLanguageModel) -> Iterator[None]:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
 
-# %% ../notebooks/04_pretraining.ipynb #d673dc15
+# %% ../notebooks/04_pretraining.ipynb #73a86932
 def train(
     model: GPTLanguageModel,
     batch_at: Callable[[int], Batch],
@@ -473,7 +473,7 @@ def train(
                 raise KeyboardInterrupt(_how_to_go_on(step + 1, cfg, folder))
     return history
 
-
+# %% ../notebooks/04_pretraining.ipynb #474c176c
 def _how_to_go_on(done: int, cfg: TrainConfig, folder: str | Path | None) -> str:
     how = "nothing is saved without a folder" if folder is None else f"go on with folder={str(folder)!r}, resume=True"
     return f"stopped after {done} of {cfg.steps} steps: {how}"
