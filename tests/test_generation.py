@@ -257,14 +257,19 @@ def test_finished_rows_are_filled_while_others_go_on(model, oracle, use_cache):
         assert set(new[length:]) <= {stop}
 
 
-def test_each_row_is_filled_with_the_stop_token_that_ended_it(model):
+def test_each_row_is_filled_with_the_stop_token_that_ended_it(model, seed):
+    def run(stop_ids) -> torch.Tensor:
+        g = torch.Generator().manual_seed(seed)  # hot, so that the rows differ; the same draws in both runs
+        return generate(model, idx, 30, temperature=3.0, generator=g, stop_ids=stop_ids)[:, 6:]
+
     idx = prompt(6, B=6)
-    free = generate(model, idx, 20, temperature=0)
-    stops = {int(row[6 + i % 3]) for i, row in enumerate(free)}
-    out = generate(model, idx, 20, temperature=0, stop_ids=stops)
-    for row in out[:, 6:].tolist():
-        first = next(i for i, token in enumerate([*row, -1]) if token in stops or token == -1)
-        assert all(token == row[first] for token in row[first:])
+    free = run(())
+    stops = {int(row[3 * i]) for i, row in enumerate(free)}
+    out = run(stops)
+    for row, unstopped in zip(out.tolist(), free.tolist(), strict=True):
+        length = next(n for n, token in enumerate(unstopped, start=1) if token in stops)
+        assert row[:length] == unstopped[:length]
+        assert set(row[length:]) <= {row[length - 1]}
 
 
 def test_decoding_ends_when_all_rows_are_finished(model):
