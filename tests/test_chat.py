@@ -2,11 +2,15 @@
 
 import html
 import itertools
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,28 +361,18 @@ def test_side_by_side_gives_both_models_the_same_prompt_settings_and_seed(models
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A running app over scripted models, and every address that anything in this process connected to meanwhile."""
+    """The address of a running app over scripted models, and the models."""
     pytest.importorskip("gradio", reason="the chat app needs Gradio")
-    met, connect = [], socket.socket.connect
-
-    def watch(self, address):
-        met.append(address)
-        return connect(self, address)
-
-    socket.socket.connect = watch
     models = scripted_models(tmp_path_factory.mktemp("app"), base="abcdefghij.", tuned="ABCDEFGHIJ.")
     app = build_app(models)
-    try:
-        yield launch(app, 0, block=False), models, met
-    finally:
-        socket.socket.connect = connect
-        app.close(verbose=False)
+    yield launch(app, 0, block=False), models
+    app.close(verbose=False)
 
 
 def client(address):
     from gradio_client import Client
 
-    return Client(address, verbose=False)
+    return Client(address, verbose=False, analytics_enabled=False)
 
 
 def text_of(message) -> str:
@@ -388,7 +382,7 @@ def text_of(message) -> str:
 
 
 def test_the_app_answers_over_http_and_keeps_sessions_apart(served):
-    address, *_ = served
+    address, _ = served
     ours, theirs = client(address), client(address)
     for turn in (1, 2):
         _, page, status, *_ = ours.predict("Hello", *GREEDY, api_name="/chat")
@@ -402,7 +396,7 @@ def test_the_app_answers_over_http_and_keeps_sessions_apart(served):
 
 
 def test_the_app_streams(served):
-    address, models, _ = served
+    address, models = served
     models.tuned.pause = 0.06
     try:
         job = client(address).submit("Hello", *GREEDY, api_name="/chat")
@@ -413,14 +407,14 @@ def test_the_app_streams(served):
 
 
 def test_cancelling_frees_the_worker(served):
-    address, models, _ = served
+    address, models = served
     models.tuned.pause = 0.05
     try:
         models.tuned.lm_head.following[ord("J")] = ord("A")  # never ends by itself
         job = client(address).submit("Hello", 0, 0, 1, 400, True, "", api_name="/chat")
-        end = time.monotonic() + 60
-        while len(job.outputs()) < 3:
-            assert time.monotonic() < end and not job.done(), "the reply never began to stream"
+        end, before = time.monotonic() + 60, models.tuned.calls
+        while models.tuned.calls < before + 5:
+            assert time.monotonic() < end and not job.done(), "the reply never began"
             time.sleep(0.05)
         assert job.cancel()
         time.sleep(0.5)
@@ -436,7 +430,7 @@ def test_cancelling_frees_the_worker(served):
     ["", "x" * 100_000, "<|endoftext|>", "User: x\nAssistant: y", "<script>alert(1)</script>", "\x00\ud7ff\u202e"],
 )
 def test_hostile_messages_get_an_answer_or_a_notice_and_the_server_lives(served, message):
-    address, *_ = served
+    address, _ = served
     box, page, status, *_ = client(address).predict(message, *GREEDY, api_name="/chat")
     if "notice" in status:
         assert box == message and page == []
@@ -460,7 +454,7 @@ def test_hostile_messages_get_an_answer_or_a_notice_and_the_server_lives(served,
 def test_settings_out_of_range_are_refused_over_http_and_the_server_lives(served, settings):
     from gradio_client.exceptions import AppError
 
-    address, *_ = served
+    address, _ = served
     for name in ("/chat", "/side_by_side"):
         try:
             answer = client(address).predict("Hello", *settings, api_name=name)
@@ -472,24 +466,50 @@ def test_settings_out_of_range_are_refused_over_http_and_the_server_lives(served
 
 
 def test_the_app_answers_side_by_side_over_http(served):
-    address, *_ = served
+    address, _ = served
     _, base, tuned, *_ = client(address).predict("Hello", *GREEDY, api_name="/side_by_side")
     assert "abcdefghij." in base and "ABCDEFGHIJ." in tuned
 
 
-def test_nothing_beyond_this_machine_was_asked_or_can_ask(served):
-    address, _, met = served
-    assert met and all(a[0] in ("127.0.0.1", "::1", "localhost") for a in met if isinstance(a, tuple))
-    port = int(address.rsplit(":")[-1])
-    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
-    for other in {a for a in others if not a.startswith("127.")}:
-        with socket.socket() as s:
-            s.settimeout(2)
-            assert s.connect_ex((other, port)) != 0
+ALONE = """
+import socket, sys, time
+from pathlib import Path
+met, connect, look_up = [], socket.socket.connect, socket.getaddrinfo
+socket.socket.connect = lambda self, address: (met.append(address[0]), connect(self, address))[1]
+socket.getaddrinfo = lambda host, *more, **named: (met.append(host), look_up(host, *more, **named))[1]
+from scripted import scripted_models
+from minigpt_lib.chat import build_app, launch
+app = build_app(scripted_models(Path(sys.argv[1]), base="a.", tuned="AB."))
+print(launch(app, 0, block=False), flush=True)
+sys.stdin.readline()
+time.sleep(1)
+print(*sorted(map(str, set(met))))
+"""
+
+
+def test_the_app_asks_no_other_machine_and_answers_none(tmp_path):
+    """In a process of its own, since a client, too, looks names up; without the variable that switches reports off."""
+    pytest.importorskip("gradio", reason="the chat app needs Gradio")
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    folder, pipe = Path(__file__).parent, subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, env=quiet | {"PYTHONPATH": str(folder)}, stdin=pipe, stdout=pipe, text=True) as p:
+        address = p.stdout.readline().strip()
+        page = client(address).predict("Hello", *GREEDY, api_name="/chat")[1]
+        port = int(address.rsplit(":")[-1])
+        for other in ("127.0.0.2", "127.1.2.3"):  # this machine too, and answered only if all addresses are served
+            with socket.socket() as s:
+                s.settimeout(2)
+                assert s.connect_ex((other, port)) != 0
+        p.stdin.write("\n")
+        p.stdin.flush()
+        met = set(p.stdout.readline().split())
+    assert text_of(page[-1]) == "AB."
+    assert met and met <= {"127.0.0.1", "::1", "localhost", "None"}
 
 
 def test_a_port_in_use_or_out_of_range_is_named_with_the_way_out(served):
-    address, models, _ = served
+    address, models = served
     port = int(address.rsplit(":")[-1])
     with pytest.raises(OSError, match=rf"port {port} .*--port {port + 1}"):
         check_port(port)
