@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from minigpt_lib.attention import CausalSelfAttention as CausalSelfAttention
+    from minigpt_lib.cache import KVCache as KVCache
     from minigpt_lib.chat import build_app as build_app
-    from minigpt_lib.generation import KVCache as KVCache
     from minigpt_lib.generation import generate as generate
     from minigpt_lib.generation import stream as stream
     from minigpt_lib.lora import add_lora as add_lora
@@ -31,7 +31,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
 __doc__ = """GPT-2 from scratch in PyTorch: the library that the course's notebooks export.
 
 The names below come from the modules runtime, tokenizer, attention, model, training, weights, generation, lora, sft
-and chat, one for each notebook 00 to 09; `minigpt` on the command line is the module cli.
+and chat, one for each notebook 00 to 09, and from sampling and cache, which notebook 06 exports too; `minigpt` on the
+command line is the module cli.
 """
 __version__ = "0.1.0"
 
@@ -40,12 +41,13 @@ _PUBLIC = {
     "model": ("GPTConfig", "GPTLanguageModel"),
     "tokenizer": ("load_tokenizer",),
     "weights": ("load_pretrained", "save_pretrained"),
-    "generation": ("KVCache", "generate", "stream"),
+    "cache": ("KVCache",),
+    "generation": ("generate", "stream"),
     "lora": ("add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter", "load_adapter"),
     "sft": ("finetune", "build_prompt"),
     "chat": ("build_app",),
 }
-_MODULES = ("runtime", "training", "cli", *_PUBLIC)
+_MODULES = ("runtime", "training", "sampling", "cli", *_PUBLIC)
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _all_ = ["CausalSelfAttention", "GPTConfig", "GPTLanguageModel", "load_tokenizer", "load_pretrained", "save_pretrained",
          "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",

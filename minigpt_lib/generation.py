@@ -4,155 +4,23 @@
 from __future__ import annotations
 
 import codecs
-import math
+import inspect
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import tiktoken
 import torch
 from torch import Tensor
 
-from .model import GPTConfig, GPTLanguageModel
+from .cache import KVCache, prefill  # both modules are written further down
+from .model import GPTLanguageModel
+from .sampling import check_sampling, draw, filter_logits, penalize_repeats
 
 # %% auto #0
-__all__ = ['check_sampling', 'filter_logits', 'sample', 'KVCache', 'generate', 'stream', 'decode_stream']
-
-# %% ../notebooks/06_kv_cache.ipynb #bc9a7ff7
-def check_sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> None:
-    """Raise ValueError for a temperature below 0 or not finite, top_k below 1, top_p outside (0, 1]."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be a finite number of at least 0 (0 is greedy)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1; None switches it off")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]; None or 1 switches it off")
-
-# %% ../notebooks/06_kv_cache.ipynb #b62f0ec8
-def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """logits (..., V) / temperature in float32, with -inf for the tokens that must not be drawn.
-
-    top_k keeps the k largest (Fan et al. 2018). top_p then keeps the smallest set of the most probable tokens whose
-    probabilities sum to at least p (nucleus sampling, Holtzman et al. 2020); the set is never empty.
-    Raises ValueError for temperature <= 0, top_k < 1 and top_p outside (0, 1].
-    """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        raise ValueError("temperature=0 is greedy decoding, argmax of the logits: there is no distribution to filter")
-    logits = logits.float() / max(temperature, 1e-6)  # far below that float32 overflows
-    if top_k is not None and top_k < logits.size(-1):
-        value, index = logits.topk(top_k)  # (..., k)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, index, value)
-    if top_p is not None and top_p < 1:
-        value, index = logits.sort(descending=True, stable=True)  # (..., V)
-        probability = value.softmax(-1)
-        before = probability.cumsum(-1) - probability  # the sum of everything ranked higher
-        before[..., 0] = 0  # not a rounding error below 0 or above: the first always stays
-        logits = logits.scatter(-1, index, value.masked_fill(before >= top_p, -math.inf))
-    return logits
-
-# %% ../notebooks/06_kv_cache.ipynb #d7da7952
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token a row: logits (B, V) -> ids (B,) int64. temperature=0 takes the largest logit.
-
-    Drawing happens on the generator's device, so a CPU generator gives reproducible draws for a model on any device.
-    Raises ValueError as `filter_logits` does.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    probability = filter_logits(logits, temperature, top_k, top_p).softmax(-1)  # (B, V)
-    if generator is not None:
-        probability = probability.to(generator.device)
-    return torch.multinomial(probability, 1, generator=generator)[:, 0].to(logits.device)  # (B,)
-
-# %% ../notebooks/06_kv_cache.ipynb #c38f2a03
-class _CacheMemory:
-    """Preallocated `keys` and `values`, each (n_layer, B, nh, max_len, hs); `pos` positions are filled.
-
-    Raises ValueError for a max_len outside 1..n_ctx and a batch_size below 1.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int = 1,
-        max_len: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ):
-        max_len = config.n_ctx if max_len is None else max_len
-        if not 1 <= max_len <= config.n_ctx:
-            raise ValueError(f"max_len={max_len} must be between 1 and n_ctx={config.n_ctx}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.pos = 0
-
-    @classmethod
-    def for_model(cls, model: GPTLanguageModel, batch_size: int = 1, max_len: int | None = None) -> Self:
-        """An empty cache with the model's shape, dtype and device."""
-        weight = model.wte.weight
-        return cls(model.config, batch_size, max_len, dtype=weight.dtype, device=weight.device)
-
-    @property
-    def max_len(self) -> int:
-        return self.keys.size(3)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: 2 * n_layer * B * max_len * n_embd * bytes per number."""
-        return self.keys.nbytes + self.values.nbytes
-
-# %% ../notebooks/06_kv_cache.ipynb #a2480fb7
-class KVCache(_CacheMemory):
-    """Keys and values of the positions that a model has already read, for every layer.
-
-    `keys` and `values` are (n_layer, B, nh, max_len, hs), allocated once; `pos` positions of them are filled.
-    After `model(idx, kv_cache=cache)` it holds idx too. Raises ValueError when more comes than fits.
-    """
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, nh, T, hs) after the filled positions; return all so far, each (B, nh, pos + T, hs)."""
-        end, B = self.pos + k.size(2), self.keys.size(1)
-        if end > self.max_len or k.size(0) != B:
-            raise ValueError(f"batch {k.size(0)} with {end} positions does not fit a cache of {B} × {self.max_len}")
-        self.keys[layer, :, :, self.pos : end] = k
-        self.values[layer, :, :, self.pos : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def advance(self, T: int) -> None:
-        """Count T more positions as filled; the model calls it once all layers have stored theirs."""
-        self.pos += T
-
-    def truncate(self, pos: int) -> None:
-        """Forget everything after the first `pos` positions."""
-        if not 0 <= pos <= self.pos:
-            raise ValueError(f"pos={pos} must be between 0 and the {self.pos} filled positions")
-        self.pos = pos
-
-    def reset(self) -> None:
-        """Forget everything; the memory is kept."""
-        self.pos = 0
-
-    def copy(self) -> KVCache:
-        """A cache of its own with the same content, e.g. to continue one prompt in several ways."""
-        other = object.__new__(KVCache)
-        other.keys, other.values, other.pos = self.keys.clone(), self.values.clone(), self.pos
-        return other
+__all__ = ['DecodeOptions', 'Step', 'generate', 'stream', 'steps', 'decode_stream']
 
 # %% ../notebooks/06_kv_cache.ipynb #6a0539d5
 def _check_mask(attention_mask: Tensor, idx: Tensor) -> None:
@@ -172,8 +40,6 @@ def _length(T: int, max_new_tokens: int, n_ctx: int, beyond: str) -> int:
     """The length to decode to. Raises ValueError for a prompt that does not fit, warns when fewer tokens will come."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    if beyond not in ("stop", "slide"):
-        raise ValueError(f"beyond={beyond!r} must be 'stop' or 'slide'")
     if T < 1:
         raise ValueError("the prompt is empty: give at least one token, for example enc.eot_token")
     if n_ctx < T:
@@ -188,50 +54,124 @@ def _length(T: int, max_new_tokens: int, n_ctx: int, beyond: str) -> int:
         end = n_ctx
     return end
 
+# %% ../notebooks/06_kv_cache.ipynb #432b5f39
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeOptions:
+    """How to decode; every field is a keyword argument of `generate`, `stream` and `steps`.
+
+    Raises ValueError for a value outside its range and for options that contradict each other.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # this and the next two as in `filter_logits`
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None  # as in `penalize_repeats`, over the prompt and the new tokens
+    generator: torch.Generator | None = None  # makes sampling reproducible
+    stop_ids: Collection[int] = ()  # a row is finished once it has produced one of them
+    attention_mask: Tensor | None = None  # (B, T): 1 for prompt tokens, 0 for padding on the left
+    use_cache: bool = True  # False computes the whole text for every token: slower, same tokens
+    kv_cache: KVCache | None = None  # the caller's own, which may hold a beginning of the prompt
+    prefill_chunk: int | None = None  # tokens of the prompt that are read in one pass; None: all
+    beyond: str = "stop"  # at n_ctx: "stop" there, or "slide" on with the last n_ctx // 2 tokens
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        if self.beyond not in ("stop", "slide"):
+            raise ValueError(f"beyond={self.beyond!r} must be 'stop' or 'slide'")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={self.prefill_chunk} must be at least 1; None reads all in one pass")
+        if self.kv_cache is not None and not self.use_cache:
+            raise ValueError("use_cache=False contradicts a kv_cache: leave one of them out")
+
+# %% ../notebooks/06_kv_cache.ipynb #84ce1cf4
+def _check_cache(cache: KVCache, model: GPTLanguageModel, B: int, end: int) -> None:
+    """Raise ValueError unless the caller's cache suits the model and the request."""
+    config, weight = model.config, model.wte.weight
+    wanted = (config.n_layer, B, config.n_head, cache.max_len, config.n_embd // config.n_head)
+    if tuple(cache.keys.shape) != wanted:
+        raise ValueError(f"kv_cache has shape {tuple(cache.keys.shape)}, model and prompt need {wanted}")
+    if cache.keys.device != weight.device:
+        raise ValueError(f"kv_cache is on {cache.keys.device}, the model on {weight.device}")
+    if cache.keys.dtype != weight.dtype:
+        raise ValueError(f"kv_cache is {cache.keys.dtype}, the model {weight.dtype}: use KVCache.for_model")
+    if end > cache.max_len:
+        raise ValueError(f"kv_cache has room for {cache.max_len} positions, the request may need {end}")
+
 # %% ../notebooks/06_kv_cache.ipynb #808f0b72
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A checked request: the buffers that decoding fills, and the options."""
 
     ids: Tensor  # (B, end) int64, the prompt and room for the new tokens
     mask: Tensor | None  # (B, end) int64, or None when no row is padded
     T: int  # tokens in the prompt
-    end: int  # length at which decoding ends
-    sampling: dict
+    cache: KVCache | None
     stop_ids: Tensor  # (n,)
-    use_cache: bool
+    options: DecodeOptions
+
+    def seen(self, vocab_size: int) -> Tensor:
+        """(B, vocab_size) bool: the tokens of each row's prompt, padding left out."""
+        idx = self.ids[:, : self.T]
+        if self.mask is not None:
+            idx = torch.where(self.mask[:, : self.T] == 1, idx, idx[:, -1:])  # the last is never padding
+        found = torch.zeros(idx.size(0), vocab_size, dtype=torch.bool, device=idx.device)
+        return found.scatter_(1, idx, True)
 
 # %% ../notebooks/06_kv_cache.ipynb #d2f7b627
-def _job(
-    model: GPTLanguageModel,
-    idx: Tensor,
-    max_new_tokens: int,
-    sampling: dict,
-    *,
-    stop_ids: Collection[int],
-    use_cache: bool,
-    attention_mask: Tensor | None,
-    beyond: str,
-) -> _Job:
+def _job(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> _Job:
     """Check a request and lay out its buffers on the model's device."""
-    device, V = model.wte.weight.device, model.config.vocab_size
+    options = DecodeOptions(**options)
+    device, V, n_ctx = model.wte.weight.device, model.config.vocab_size, model.config.n_ctx
     if idx.dim() != 2 or idx.size(0) < 1 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"idx must be (B, T) int64 with B >= 1, not {tuple(idx.shape)} {idx.dtype}")
-    end = _length(idx.size(1), max_new_tokens, model.config.n_ctx, beyond)
+    end = _length(idx.size(1), max_new_tokens, n_ctx, options.beyond)
     if (bad := idx[(idx < 0) | (idx >= V)]).numel():
         raise ValueError(f"token id {int(bad[0])} is outside the vocabulary: ids run from 0 to {V - 1}")
-    check_sampling(sampling["temperature"], sampling["top_k"], sampling["top_p"])
     B, T = idx.shape
     ids = torch.zeros(B, end, dtype=torch.int64, device=device)
     ids[:, :T] = idx
-    mask = None
-    if attention_mask is not None:
-        _check_mask(attention_mask, idx)
-        if not attention_mask.all():
+    mask, cache = None, options.kv_cache
+    if options.attention_mask is not None:
+        _check_mask(options.attention_mask, idx)
+        if not options.attention_mask.all():
             mask = torch.ones_like(ids)
-            mask[:, :T] = attention_mask
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)  # (n,)
-    return _Job(ids, mask, T, end, sampling, stops, use_cache)
+            mask[:, :T] = options.attention_mask
+    if cache is not None:
+        _check_cache(cache, model, B, min(end, n_ctx))
+        if mask is not None:
+            raise ValueError("a kv_cache of your own knows no padding: leave it out, or pass rows of equal length")
+    elif options.use_cache:
+        cache = KVCache.for_model(model, B, min(end, n_ctx))
+    stops = torch.tensor(sorted(options.stop_ids), dtype=torch.int64, device=device)  # (n,)
+    return _Job(ids, mask, T, cache, stops, options)
+
+# %% ../notebooks/06_kv_cache.ipynb #455e818a
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of decoding: what was drawn, and from what."""
+
+    ids: Tensor  # (B,) int64, the new tokens; a finished row repeats its stop id
+    logits: Tensor  # (B, V), the model's own
+    drawn_from: Tensor | None  # (B, V) float32, after all options; None where the choice was greedy
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, V) float32: the distribution that the ids were drawn from; greedy puts everything on one token."""
+        if self.drawn_from is not None:
+            return self.drawn_from
+        return torch.zeros_like(self.logits, dtype=torch.float32).scatter(1, self.ids[:, None], 1.0)
+
+# %% ../notebooks/06_kv_cache.ipynb #66a36930
+def _choose(logits: Tensor, seen: Tensor | None, options: DecodeOptions) -> tuple[Tensor, Tensor | None]:
+    """logits (B, V) -> the new ids (B,), and the distribution (B, V) that they were drawn from or None if greedy."""
+    if seen is not None:
+        logits = penalize_repeats(logits, seen, options.repetition_penalty)
+    if options.temperature == 0:
+        return logits.argmax(-1), None
+    kept = filter_logits(logits, options.temperature, options.top_k, options.top_p, options.min_p)
+    probability = kept.softmax(-1)  # (B, V)
+    return draw(probability, options.generator), probability
 
 # %% ../notebooks/06_kv_cache.ipynb #2aa335b6
 @contextmanager
@@ -247,76 +187,70 @@ def _evaluating(model: GPTLanguageModel) -> Iterator[None]:
 
 # %% ../notebooks/06_kv_cache.ipynb #cedc2cdc
 @torch.inference_mode()
-def _decode(model: GPTLanguageModel, job: _Job) -> Iterator[Tensor]:
-    """Fill job.ids from job.T on, yielding each new column (B,). The one loop behind `generate` and `stream`."""
-    B, n_ctx = job.ids.size(0), model.config.n_ctx
-    cache = KVCache.for_model(model, B, min(job.end, n_ctx)) if job.use_cache else None
+def _decode(model: GPTLanguageModel, job: _Job) -> Iterator[Step]:
+    """Fill job.ids from job.T on, yielding each step. The one loop behind `generate`, `stream` and `steps`."""
+    options, cache, (B, end), n_ctx = job.options, job.cache, job.ids.shape, model.config.n_ctx
     done = torch.zeros(B, dtype=torch.bool, device=job.ids.device)
+    seen = job.seen(model.config.vocab_size) if options.repetition_penalty not in (None, 1) else None  # (B, V)
     start = 0  # first token that the model still sees
+    if cache is not None:
+        cache.reuse(job.ids[:, : job.T])
     with _evaluating(model):
-        for t in range(job.T, job.end):
+        for t in range(job.T, end):
             if t - start > n_ctx:  # the positions are used up: go on with the last half of them
                 start = t - max(n_ctx // 2, 1)
                 if cache is not None:
                     cache.reset()
-            seen = start + (cache.pos if cache is not None else 0)  # tokens before this need no computing
             mask = None if job.mask is None else job.mask[:, start:t]  # (B, S)
-            x = model.hidden_states(job.ids[:, seen:t], cache, mask)  # (B, t - seen, C)
-            new = sample(model.lm_head(x[:, -1]), **job.sampling)  # (B,)
-            job.ids[:, t] = torch.where(done, job.ids[:, t - 1], new)  # a finished row repeats its stop id
-            yield job.ids[:, t]
+            if cache is None:
+                logits = model.last_logits(job.ids[:, start:t], None, mask)  # (B, V)
+            else:
+                new = job.ids[:, start + cache.pos : t]  # (B, what the cache does not hold)
+                logits = prefill(model, new, cache, attention_mask=mask, chunk=options.prefill_chunk)  # (B, V)
+            ids, probability = _choose(logits, seen, options)
+            job.ids[:, t] = torch.where(done, job.ids[:, t - 1], ids)  # a finished row repeats its stop id
+            if seen is not None:
+                seen.scatter_(1, job.ids[:, t : t + 1], True)
+            yield Step(job.ids[:, t], logits, probability)
             if len(job.stop_ids):
                 done |= torch.isin(job.ids[:, t], job.stop_ids)
                 if done.all():
                     return
 
+# %% ../notebooks/06_kv_cache.ipynb #bc51f2fe
+def _with_options(function: Callable) -> Callable:
+    """Show the fields of `DecodeOptions` in place of function's `**options`, in `help` and in editors."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    fields = inspect.signature(DecodeOptions).parameters.values()
+    function.__signature__ = signature.replace(parameters=[*own, *fields])
+    return function
+
 # %% ../notebooks/06_kv_cache.ipynb #c5e38dd7
-def generate(
-    model: GPTLanguageModel,
-    idx: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
-    use_cache: bool = True,
-    attention_mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    beyond: str = "stop",
-) -> Tensor:
+@_with_options
+def generate(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
     """Continue the prompts idx (B, T) int64; returns prompt and new tokens, (B, T + new) int64.
 
-    temperature=0 is greedy; top_k and top_p as in `filter_logits`; `generator` makes sampling reproducible.
+    temperature=0 is greedy; top_k, top_p and min_p as in `filter_logits`, repetition_penalty as in `penalize_repeats`;
+    `generator` makes sampling reproducible.
     stop_ids: a row is finished once it has produced one of them and is then padded with it; decoding ends when every
     row is finished or after max_new_tokens. attention_mask (B, T): 1 for prompt tokens, 0 for padding on the left; each
     row then decodes as it would alone. use_cache=False computes the whole text for every token: slower, same tokens.
+    kv_cache: a cache of the caller's own, for the same model. What it shares with the beginning of the prompt is not
+    read again; afterwards it holds prompt and new tokens but the last, ready for the next turn.
+    prefill_chunk: read the prompt in pieces of so many tokens, which takes less memory.
     beyond: what happens at n_ctx, the last learned position. "stop" warns at once if it will be reached and ends there;
     "slide" forgets all but the last n_ctx // 2 tokens and goes on.
     Dropout is off inside and the training flags are restored. Raises ValueError for an empty prompt or one longer than
-    n_ctx, ids outside the vocabulary, a mask that does not fit, and options out of range.
+    n_ctx, ids outside the vocabulary, a mask or a cache that does not fit, and options out of range.
     """
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    options = {"stop_ids": stop_ids, "use_cache": use_cache, "attention_mask": attention_mask, "beyond": beyond}
-    job = _job(model, idx, max_new_tokens, sampling, **options)
+    job = _job(model, idx, max_new_tokens, **options)
     new = sum(1 for _ in _decode(model, job))
     return job.ids[:, : job.T + new]
 
 # %% ../notebooks/06_kv_cache.ipynb #1dcc4410
-def stream(
-    model: GPTLanguageModel,
-    idx: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
-    use_cache: bool = True,
-    attention_mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    beyond: str = "stop",
-) -> Iterator[int]:
+@_with_options
+def stream(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> Iterator[int]:
     """The new tokens of `generate`, one by one as they are computed, a stop id included; idx is (1, T).
 
     The request is checked at once; each token is computed when it is asked for, so closing the iterator stops the work.
@@ -324,10 +258,17 @@ def stream(
     """
     if idx.dim() != 2 or idx.size(0) != 1:
         raise ValueError(f"stream follows one row: idx must be (1, T), not {tuple(idx.shape)}")
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    options = {"stop_ids": stop_ids, "use_cache": use_cache, "attention_mask": attention_mask, "beyond": beyond}
-    job = _job(model, idx, max_new_tokens, sampling, **options)
-    return (int(column[0]) for column in _decode(model, job))
+    job = _job(model, idx, max_new_tokens, **options)
+    return (int(step.ids[0]) for step in _decode(model, job))
+
+# %% ../notebooks/06_kv_cache.ipynb #9d87832f
+@_with_options
+def steps(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Step]:
+    """Each step of `generate` as it is computed: new ids (B,), logits (B, V), probabilities (B, V); idx is (B, T).
+
+    The request is checked at once, a step is computed when it is asked for. Options and errors as in `generate`.
+    """
+    return _decode(model, _job(model, idx, max_new_tokens, **options))
 
 # %% ../notebooks/06_kv_cache.ipynb #8965fd3a
 def decode_stream(enc: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[str]:

@@ -243,6 +243,12 @@ class GPTLanguageModel(Transformer):
         logits = self.lm_head(self.hidden_states(idx, kv_cache, attention_mask))  # (B, T, vocab_size)
         return logits, None if targets is None else next_token_loss(logits, targets)
 
+    def last_logits(
+        self, idx: Tensor, kv_cache: KVStore | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits behind the last position only, (B, vocab_size), which is all that decoding needs; else as `forward`."""
+        return self.lm_head(self.hidden_states(idx, kv_cache, attention_mask)[:, -1])
+
     def num_parameters(self, *, tied: bool = True) -> int:
         """Parameters in the model; `tied=False` counts the head's matrix a second time."""
         n = sum(p.numel() for p in self.parameters())

@@ -493,7 +493,8 @@ def test_the_app_asks_no_other_machine_and_answers_none(tmp_path):
     quiet = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
     command = [sys.executable, "-c", ALONE, str(tmp_path)]
     folder, pipe = Path(__file__).parent, subprocess.PIPE
-    with subprocess.Popen(command, cwd=folder, env=quiet | {"PYTHONPATH": str(folder)}, stdin=pipe, stdout=pipe, text=True) as p:
+    quiet["PYTHONPATH"] = str(folder)
+    with subprocess.Popen(command, cwd=folder, env=quiet, stdin=pipe, stdout=pipe, text=True) as p:
         address = p.stdout.readline().strip()
         page = client(address).predict("Hello", *GREEDY, api_name="/chat")[1]
         port = int(address.rsplit(":")[-1])

@@ -1,167 +1,32 @@
-"""Sampling against slow explicit versions, decoding against Transformers, the cache against no cache."""
+"""Decoding against Transformers, with the cache against without, every option of the loop, streaming."""
 
 import gc
-import math
+import inspect
 import warnings
 
 import pytest
 import tiktoken
 import torch
-import torch.nn.functional as F
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from decoding import CONFIG, greedy_slow, pad, prompt, random_model, twin_of
+from transformers import GPT2LMHeadModel
 
-from minigpt_lib.generation import KVCache, decode_stream, filter_logits, generate, sample, stream
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.weights import config_to_hf, to_hf_state
+from minigpt_lib.cache import KVCache
+from minigpt_lib.generation import decode_stream, generate, steps, stream
+from minigpt_lib.model import GPTLanguageModel
+from minigpt_lib.sampling import filter_logits, penalize_repeats
 
 transformers.utils.logging.set_verbosity_error()
-
-CONFIG = GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=3, n_head=4, dropout=0.3)
-GPT2_SMALL = GPTConfig.preset("gpt2")
 
 
 @pytest.fixture
 def model(seed: int) -> GPTLanguageModel:
-    """Fresh random weights in every tensor; strong positions, so that greedy text does not repeat one token."""
-    model = GPTLanguageModel(CONFIG).eval()
-    for name, p in model.named_parameters():
-        p.data.normal_(0, 1.0 if name == "wpe.weight" else 0.3 if p.dim() == 2 else 0.1)
-        if ".ln_" in name or name == "ln_f.weight":
-            p.data += name.endswith("weight")
-    return model
+    return random_model()
 
 
 @pytest.fixture
 def oracle(model) -> GPT2LMHeadModel:
-    oracle = GPT2LMHeadModel(GPT2Config(**config_to_hf(CONFIG))).eval()
-    oracle.transformer.load_state_dict(to_hf_state(model.state_dict()))
-    oracle.tie_weights()
-    return oracle
-
-
-def prompt(T: int, B: int = 1) -> torch.Tensor:
-    return torch.randint(0, CONFIG.vocab_size, (B, T))  # (B, T)
-
-
-def pad(rows: list[torch.Tensor], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (1, T_i) -> left-padded (B, T) and the mask (B, T)."""
-    T = max(row.size(1) for row in rows)
-    idx = torch.cat([F.pad(row, (T - row.size(1), 0), value=value) for row in rows])  # (B, T)
-    return idx, torch.stack([torch.arange(T) >= T - row.size(1) for row in rows]).long()
-
-
-@torch.no_grad()
-def greedy_slow(model: GPTLanguageModel, idx: torch.Tensor, n: int) -> torch.Tensor:
-    for _ in range(n):
-        idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)  # (B, T + 1)
-    return idx
-
-
-# ---- the cache inside the model
-
-
-@pytest.mark.parametrize("cuts", [[20], [1] * 20, [5, 1, 14], [1, 19], [19, 1], [7, 7, 6]])
-def test_any_chunking_of_the_prefill_gives_the_uncached_logits(model, cuts):
-    idx = prompt(20, B=3)
-    cache = KVCache.for_model(model, batch_size=3)
-    with torch.no_grad():
-        chunks = [model(part, kv_cache=cache)[0] for part in idx.split(cuts, dim=1)]
-        want = model(idx)[0]
-    assert cache.pos == 20
-    assert want.std() > 0.3
-    assert (torch.cat(chunks, dim=1) - want).abs().max() <= 2e-5
-
-
-def test_chunked_prefill_of_a_ragged_batch(model):
-    idx, mask = pad([prompt(20), prompt(3), prompt(11)])
-    cache = KVCache.for_model(model, batch_size=3)
-    with torch.no_grad():
-        want = model(idx, attention_mask=mask)[0]
-        first = model(idx[:, :12], kv_cache=cache, attention_mask=mask[:, :12])[0]
-        second = model(idx[:, 12:], kv_cache=cache, attention_mask=mask)[0]
-    real = mask.bool()
-    assert (torch.cat([first, second], dim=1) - want)[real].abs().max() <= 2e-5
-
-
-def test_truncate_forgets_exactly_the_rest(model):
-    idx, other = prompt(20), prompt(9)
-    cache = KVCache.for_model(model)
-    with torch.no_grad():
-        model(idx, kv_cache=cache)
-        cache.truncate(12)
-        got = model(other, kv_cache=cache)[0]
-        want = model(torch.cat([idx[:, :12], other], dim=1))[0][:, 12:]
-    assert cache.pos == 21 and (got - want).abs().max() <= 2e-5
-
-
-def test_reset_cache_is_as_good_as_new(model):
-    cache = KVCache.for_model(model, batch_size=2)
-    idx = prompt(15, B=2)
-    with torch.no_grad():
-        model(prompt(40, B=2), kv_cache=cache)
-        cache.reset()
-        got = model(idx, kv_cache=cache)[0]
-        assert cache.pos == 15 and (got - model(idx)[0]).abs().max() <= 2e-5
-
-
-def test_copies_are_independent(model):
-    cache = KVCache.for_model(model)
-    idx, a, b = prompt(10), prompt(5), prompt(7)
-    with torch.no_grad():
-        model(idx, kv_cache=cache)
-        branch = cache.copy()
-        got_a, got_b = model(a, kv_cache=branch)[0], model(b, kv_cache=cache)[0]
-        want_a = model(torch.cat([idx, a], dim=1))[0][:, 10:]
-        want_b = model(torch.cat([idx, b], dim=1))[0][:, 10:]
-    assert (branch.pos, cache.pos) == (15, 17)
-    assert (got_a - want_a).abs().max() <= 2e-5 and (got_b - want_b).abs().max() <= 2e-5
-
-
-def test_the_models_uncached_calls_know_nothing_of_a_cache(model):
-    idx = prompt(12)
-    with torch.no_grad():
-        want = model(idx)[0]
-        model(prompt(30), kv_cache=KVCache.for_model(model))
-        assert torch.equal(model(idx)[0], want)
-
-
-def test_memory():
-    one = KVCache(GPT2_SMALL, max_len=1)
-    assert one.nbytes == 73_728
-    full = KVCache(GPT2_SMALL, device="meta")
-    assert full.max_len == 1024 and full.nbytes == 75_497_472
-    assert KVCache(GPT2_SMALL, 3, 10, dtype=torch.bfloat16, device="meta").nbytes == 3 * 10 * 73_728 // 2
-
-
-def test_for_model_follows_dtype_and_device(model):
-    cache = KVCache.for_model(model.to(torch.bfloat16), 2, 7)
-    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
-    assert cache.keys.shape == (3, 2, 4, 7, 8)
-
-
-def test_cache_errors(model):
-    with pytest.raises(ValueError, match="max_len=65 .*n_ctx=64"):
-        KVCache(CONFIG, max_len=65)
-    with pytest.raises(ValueError, match="max_len=0"):
-        KVCache(CONFIG, max_len=0)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        KVCache(CONFIG, 0)
-    cache = KVCache(CONFIG, 2, 8)
-    with pytest.raises(ValueError, match="9 positions .*2 × 8"):
-        model(prompt(9, B=2), kv_cache=cache)
-    with pytest.raises(ValueError, match="batch 3 .*2 × 8"):
-        model(prompt(3, B=3), kv_cache=cache)
-    with pytest.raises(ValueError, match="pos=5 .*0"):
-        cache.truncate(5)
-    with pytest.raises(ValueError, match="pos=-1"):
-        cache.truncate(-1)
-    full = KVCache.for_model(model)
-    with torch.no_grad():
-        model(prompt(64), kv_cache=full)
-    with pytest.raises(ValueError, match="65 .*n_ctx=64"):
-        model(prompt(1), kv_cache=full)
+    return twin_of(model)
 
 
 # ---- greedy decoding
@@ -407,87 +272,6 @@ def test_two_requests_at_once_do_not_touch_each_other(model):
 # ---- sampling
 
 
-def kept_slow(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> dict[int, float]:
-    """Token -> probability by the definitions, one token at a time in double precision."""
-    weight = [math.exp((z - max(logits)) / temperature) for z in logits]
-    order = sorted(range(len(logits)), key=lambda i: -weight[i])[:top_k]
-    total = sum(weight[i] for i in order)
-    if top_p is not None:
-        kept, running = [], 0.0
-        for i in order:
-            kept.append(i)
-            running += weight[i] / total
-            if running >= top_p:
-                break
-        order = kept
-    total = sum(weight[i] for i in order)
-    return {i: weight[i] / total for i in order}
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 40, 1000])
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.4, 0.9])
-def test_filtered_distribution_is_the_definition(seed, temperature, top_k, top_p):
-    logits = torch.randn(4, 60, dtype=torch.float64).float() * 3
-    got = filter_logits(logits, temperature, top_k, top_p).softmax(-1)  # (B, V)
-    for row, z in zip(got, logits.tolist(), strict=True):
-        want = kept_slow(z, temperature, top_k, top_p)
-        assert set(row.nonzero()[:, 0].tolist()) == set(want)
-        assert all(abs(row[i].item() - p) < 1e-5 for i, p in want.items())
-
-
-def test_filter_agrees_with_transformers(seed):
-    logits = torch.randn(8, 300) * 3
-    for k, p in ((3, 0.5), (50, 0.9), (300, 0.99)):
-        want = TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, logits / 0.8))
-        got = filter_logits(logits, 0.8, k, p)
-        assert torch.equal(got.isfinite(), want.isfinite())
-        assert torch.allclose(got.softmax(-1), want.softmax(-1), atol=1e-6)
-
-
-def test_filter_leaves_its_input_alone_and_keeps_at_least_one(seed):
-    logits = torch.randn(5, 30)
-    before = logits.clone()
-    assert torch.equal(filter_logits(logits, 1.0, 1, 1e-9).isfinite().sum(-1), torch.ones(5, dtype=torch.int64))
-    assert torch.equal(logits, before)
-    assert torch.equal(filter_logits(logits, 1.0, None, 1.0), logits)
-    ties = torch.zeros(2, 30)
-    assert filter_logits(ties, top_k=4).isfinite().sum(-1).tolist() == [4, 4]
-    assert filter_logits(ties, top_p=0.5).isfinite().sum(-1).tolist() == [15, 15]
-
-
-def test_top_k_one_and_tiny_temperature_are_greedy(seed):
-    logits = torch.randn(20, 50) * 5
-    assert torch.equal(sample(logits, 1.0, top_k=1), logits.argmax(-1))
-    assert torch.equal(sample(logits, 1e-30), logits.argmax(-1))
-    assert torch.equal(sample(logits, 0), logits.argmax(-1))
-
-
-def test_half_precision_logits_are_filtered_in_float32(seed):
-    logits = (torch.randn(3, 200) * 4).to(torch.bfloat16)
-    got = filter_logits(logits, 0.9, 50, 0.95)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, filter_logits(logits.float(), 0.9, 50, 0.95))
-
-
-def test_draws_follow_the_filtered_distribution(seed):
-    logits = torch.randn(12) * 2
-    want = filter_logits(logits, 0.8, 8, 0.95).softmax(-1)
-    n = 40_000
-    drawn = sample(logits.expand(n, 12), 0.8, 8, 0.95, torch.Generator().manual_seed(seed))
-    frequency = torch.bincount(drawn, minlength=12) / n
-    sigma = (want * (1 - want) / n).sqrt()
-    assert (frequency[want == 0] == 0).all()
-    assert ((frequency - want).abs() <= 6 * sigma + 1e-9).all(), (frequency, want)
-
-
-def test_each_row_draws_from_its_own_distribution(seed):
-    logits = torch.full((5, 9), -math.inf)
-    wanted = torch.randint(0, 9, (5,))
-    logits[torch.arange(5), wanted] = 1.0
-    assert torch.equal(sample(logits, 2.0), wanted)
-
-
 def test_a_seed_fixes_the_text(model, seed):
     def run(s: int, **options) -> torch.Tensor:
         return generate(model, prompt_, 40, generator=torch.Generator().manual_seed(s), **options)
@@ -518,6 +302,9 @@ def test_generated_tokens_stay_inside_the_top_k_of_the_model(model):
         ({"top_k": 0}, "top_k=0 .*at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0 .*\(0, 1\]"),
         ({"top_p": 1.01}, r"top_p=1.01 .*\(0, 1\]"),
+        ({"min_p": 1.5}, r"min_p=1.5 .*\[0, 1\]"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0 .*above 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0 .*at least 1"),
         ({"beyond": "crop"}, "'crop'.*'stop' or 'slide'"),
     ],
 )
@@ -527,15 +314,6 @@ def test_bad_options_are_refused_before_anything_runs(model, options, words):
         generate(model, prompt(3), 5, **options)
     with pytest.raises(ValueError, match=words):
         stream(model, prompt(3), 5, **options)  # at once, not at the first token
-
-
-def test_bad_sampling_arguments_of_the_parts(seed):
-    with pytest.raises(ValueError, match="temperature=0 is greedy"):
-        filter_logits(torch.randn(1, 5), 0)
-    with pytest.raises(ValueError, match="temperature=-1"):
-        sample(torch.randn(1, 5), -1)
-    with pytest.raises(ValueError, match="top_k=-3"):
-        filter_logits(torch.randn(1, 5), 1.0, -3)
 
 
 @pytest.mark.parametrize(
@@ -578,6 +356,174 @@ def test_other_bad_requests(model):
 def test_bad_masks(model, mask, words):
     with pytest.raises(ValueError, match=words):
         generate(model, prompt(4, B=2), 5, attention_mask=torch.tensor(mask))
+
+
+# ---- penalties and min-p inside the loop
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.4])
+def test_repetition_penalty_greedy_agrees_with_transformers(model, oracle, penalty):
+    idx, mask = pad([prompt(9), prompt(9), prompt(9)])
+    got = generate(model, idx, 30, temperature=0, repetition_penalty=penalty)
+    want = oracle.generate(
+        idx, attention_mask=mask, max_new_tokens=30, do_sample=False, repetition_penalty=penalty, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    free = generate(model, idx, 30, temperature=0)
+    assert not torch.equal(got, free)
+    assert torch.equal(generate(model, idx, 30, temperature=0, repetition_penalty=1.0), free)
+
+
+def test_padding_is_not_penalized_as_a_repeated_token(model):
+    rows = [prompt(12), prompt(3)]
+    idx, mask = pad(rows, value=int(generate(model, rows[1], 1, temperature=0)[0, -1]))
+    out = generate(model, idx, 25, temperature=0, attention_mask=mask, repetition_penalty=1.5)
+    for row, alone in zip(out, rows, strict=True):
+        want = generate(model, alone, 25, temperature=0, repetition_penalty=1.5)[0, alone.size(1) :]
+        assert torch.equal(row[12:], want)
+
+
+def test_drawn_tokens_are_within_min_p(model):
+    idx = prompt(4, B=3)
+    out = generate(model, idx, 30, min_p=0.3)
+    with torch.no_grad():
+        p = model(out[:, :-1])[0][:, 3:].softmax(-1)  # (B, 30, V)
+    drawn = p.gather(-1, out[:, 4:, None])[..., 0]
+    assert (drawn >= 0.3 * p.amax(-1) * (1 - 1e-3)).all() and (drawn < 0.999 * p.amax(-1)).any()
+
+
+# ---- a cache of the caller's own
+
+
+def test_a_conversation_reuses_what_it_shares(model):
+    cache, fed = KVCache.for_model(model), []
+    idx = prompt(10)
+    first = generate(model, idx, 8, temperature=0, kv_cache=cache)
+    assert torch.equal(first, generate(model, idx, 8, temperature=0))
+    assert cache.pos == 17 and torch.equal(cache.ids[:, :17], first[:, :17])  # all but the last new token
+    second = torch.cat([first, prompt(5)], dim=1)  # (1, 23)
+    want = generate(model, second, 8, temperature=0)
+    model.h[0].register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
+    assert list(stream(model, second, 8, temperature=0, kv_cache=cache)) == want[0, 23:].tolist()
+    assert fed == [6] + [1] * 7
+    fed.clear()
+    again = generate(model, second, 8, temperature=0, kv_cache=cache)  # the same prompt: only its last token is read
+    assert torch.equal(again, want) and fed == [1] * 8
+
+
+def test_a_changed_history_is_read_again_from_the_change_on(model):
+    cache, fed = KVCache.for_model(model, batch_size=2), []
+    idx = prompt(20, B=2)
+    generate(model, idx, 8, kv_cache=cache)
+    other = idx.clone()
+    other[1, 6] = (other[1, 6] + 1) % 71
+    want = generate(model, other, 8, temperature=0)
+    model.h[0].register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
+    assert torch.equal(generate(model, other, 8, temperature=0, kv_cache=cache), want)
+    assert fed == [14] + [1] * 7
+
+
+def test_a_stream_left_early_leaves_a_cache_that_can_go_on(model):
+    cache = KVCache.for_model(model)
+    idx = prompt(10)
+    tokens = stream(model, idx, 20, temperature=0, kv_cache=cache)
+    said = [next(tokens), next(tokens), next(tokens)]
+    tokens.close()
+    assert cache.pos == 12
+    longer = torch.cat([idx, torch.tensor([said]), prompt(4)], dim=1)
+    assert torch.equal(
+        generate(model, longer, 8, temperature=0, kv_cache=cache), generate(model, longer, 8, temperature=0)
+    )
+
+
+def test_an_error_inside_the_model_leaves_a_cache_that_can_go_on(model):
+    cache, idx = KVCache.for_model(model), prompt(10)
+    generate(model, idx, 5, temperature=0, kv_cache=cache)
+    hook = model.h[2].register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(RuntimeError("boom")))
+    longer = torch.cat([idx, prompt(6)], dim=1)
+    with pytest.raises(RuntimeError, match="boom"):
+        generate(model, longer, 5, temperature=0, kv_cache=cache)
+    hook.remove()
+    assert torch.equal(
+        generate(model, longer, 5, temperature=0, kv_cache=cache), generate(model, longer, 5, temperature=0)
+    )
+
+
+def test_own_cache_and_sliding(model):
+    cache, idx = KVCache.for_model(model), prompt(50)
+    for _ in range(2):
+        got = generate(model, idx, 60, temperature=0, beyond="slide", kv_cache=cache)
+        assert torch.equal(got, slide_slow(model, idx, 60))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_prefill_chunk_changes_nothing_but_the_passes(model, chunk):
+    idx, fed = prompt(12, B=2), []
+    want = generate(model, idx, 10, temperature=0)
+    model.h[0].register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
+    assert torch.equal(generate(model, idx, 10, temperature=0, prefill_chunk=chunk), want)
+    assert max(fed) == min(chunk, 12)
+
+
+def test_caches_that_do_not_fit_are_refused(model):
+    idx = prompt(10)
+    for cache, words in (
+        (KVCache(CONFIG, 2), r"shape \(3, 2, .*need \(3, 1, "),
+        (KVCache(CONFIG, dtype=torch.bfloat16), "bfloat16.*float32"),
+        (KVCache(CONFIG, device="meta"), "on meta, the model on cpu"),
+        (KVCache(CONFIG, max_len=14), "room for 14 positions.* 15"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(model, idx, 5, kv_cache=cache)
+    with pytest.raises(ValueError, match="use_cache=False contradicts"):
+        generate(model, idx, 5, kv_cache=KVCache(CONFIG), use_cache=False)
+    padded, mask = pad([prompt(5), prompt(3)])
+    with pytest.raises(ValueError, match="knows no padding"):
+        generate(model, padded, 5, kv_cache=KVCache(CONFIG, 2), attention_mask=mask)
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"top_k": 9}, {"top_p": 0.7, "min_p": 0.05, "repetition_penalty": 1.3}]
+)
+def test_steps_hand_out_what_generate_drew_from(model, seed, options):
+    def run(f):
+        return f(model, idx, 12, generator=torch.Generator().manual_seed(seed), **options)
+
+    idx = prompt(6, B=3)
+    out, seen = run(generate), list(run(steps))
+    assert torch.equal(torch.stack([step.ids for step in seen], dim=1), out[:, 6:])
+    with torch.no_grad():
+        logits = model(out[:, :-1])[0][:, 5:]  # (B, 12, V)
+    for t, step in enumerate(seen):
+        assert (step.logits - logits[:, t]).abs().max() <= 2e-5
+        assert step.probabilities.shape == (3, 71) and torch.allclose(step.probabilities.sum(-1), torch.ones(3))
+        assert (step.probabilities.gather(1, step.ids[:, None]) > 0).all()
+
+
+def test_the_distribution_of_a_step_is_the_filtered_one(model):
+    idx = prompt(6, B=2)
+    step = next(steps(model, idx, 1, temperature=0.7, top_k=9, repetition_penalty=1.5))
+    seen = torch.zeros(2, 71, dtype=torch.bool).scatter(1, idx, True)
+    want = filter_logits(penalize_repeats(step.logits, seen, 1.5), 0.7, 9).softmax(-1)
+    assert torch.allclose(step.probabilities, want, atol=1e-6)
+    greedy = next(steps(model, idx, 1, temperature=0))
+    assert torch.equal(greedy.probabilities, torch.eye(71)[greedy.logits.argmax(-1)])
+
+
+@pytest.mark.parametrize("function", [generate, stream, steps])
+def test_help_shows_every_option(function):
+    names = list(inspect.signature(function).parameters)
+    assert names[:4] == ["model", "idx", "max_new_tokens", "temperature"]
+    assert {"top_k", "top_p", "min_p", "repetition_penalty", "stop_ids", "kv_cache", "beyond"} <= set(names)
+
+
+def test_unknown_options_are_refused(model):
+    with pytest.raises(TypeError, match="tempratur"):
+        generate(model, prompt(3), 5, tempratur=1.0)
 
 
 # ---- streaming
