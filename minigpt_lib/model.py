@@ -246,7 +246,7 @@ class GPTLanguageModel(Transformer):
     def last_logits(
         self, idx: Tensor, kv_cache: KVStore | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Logits behind the last position only, (B, vocab_size), which is all that decoding needs; else as `forward`."""
+        """Logits behind the last position, (B, vocab_size): all that decoding needs. Arguments as in `forward`."""
         return self.lm_head(self.hidden_states(idx, kv_cache, attention_mask)[:, -1])
 
     def num_parameters(self, *, tied: bool = True) -> int:

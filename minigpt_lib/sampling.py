@@ -27,7 +27,7 @@ def check_sampling(
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p} must be in [0, 1]; None or 0 switches it off")
     if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0 and finite; None or 1 switches it off")
+        raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0; None or 1 switches it off")
 
 # %% ../notebooks/06_kv_cache.ipynb #b62f0ec8
 def filter_logits(
