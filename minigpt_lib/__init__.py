@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from minigpt_lib.adapters import load_adapter as load_adapter
+    from minigpt_lib.adapters import save_adapter as save_adapter
     from minigpt_lib.attention import CausalSelfAttention as CausalSelfAttention
     from minigpt_lib.cache import KVCache as KVCache
     from minigpt_lib.chat import build_app as build_app
     from minigpt_lib.generation import generate as generate
     from minigpt_lib.generation import stream as stream
     from minigpt_lib.lora import add_lora as add_lora
-    from minigpt_lib.lora import load_adapter as load_adapter
     from minigpt_lib.lora import lora_disabled as lora_disabled
     from minigpt_lib.lora import merge_lora as merge_lora
-    from minigpt_lib.lora import save_adapter as save_adapter
     from minigpt_lib.lora import unmerge_lora as unmerge_lora
     from minigpt_lib.model import GPTConfig as GPTConfig
     from minigpt_lib.model import GPTLanguageModel as GPTLanguageModel
@@ -43,7 +43,8 @@ _PUBLIC = {
     "weights": ("load_pretrained", "save_pretrained"),
     "cache": ("KVCache",),
     "generation": ("generate", "stream"),
-    "lora": ("add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter", "load_adapter"),
+    "lora": ("add_lora", "merge_lora", "unmerge_lora", "lora_disabled"),
+    "adapters": ("save_adapter", "load_adapter"),
     "sft": ("finetune", "build_prompt"),
     "chat": ("build_app",),
 }

@@ -22,8 +22,9 @@ import tiktoken
 import torch
 import torch.nn as nn
 
+from .adapters import load_adapter
 from .generation import decode_stream, stream
-from .lora import load_adapter, merge_lora
+from .lora import merge_lora
 from .model import GPTLanguageModel
 from .runtime import ModelChoice, pick_device, pick_dtype
 from .sft import Messages, encode_prompt

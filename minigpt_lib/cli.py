@@ -206,7 +206,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     import time
     from dataclasses import asdict
 
-    from minigpt_lib.lora import save_adapter
+    from minigpt_lib.adapters import save_adapter
     from minigpt_lib.runtime import data_dir, pick_device
     from minigpt_lib.sft import finetune, load_records
     from minigpt_lib.tokenizer import load_tokenizer
@@ -250,7 +250,8 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
 # %% ../notebooks/09_chat.ipynb #76ce324c
 def run_export(args: argparse.Namespace) -> None:
     """Write a model in the Hugging Face layout; an adapter is merged into it, or goes beside it into adapter/."""
-    from minigpt_lib.lora import load_adapter, merge_lora, remove_lora, save_adapter
+    from minigpt_lib.adapters import load_adapter, save_adapter
+    from minigpt_lib.lora import merge_lora, remove_lora
     from minigpt_lib.tokenizer import load_tokenizer
     from minigpt_lib.weights import load_pretrained, save_pretrained
 

@@ -3,78 +3,127 @@
 # %% ../notebooks/07_lora.ipynb #4f929b25
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .model import GPTLanguageModel
 
 # %% auto #0
-__all__ = ['LoRAConfig', 'LoRALinear', 'lora_layers', 'add_lora', 'lora_parameters', 'count_trainable', 'merge_lora',
-           'lora_disabled', 'unmerge_lora', 'remove_lora', 'save_adapter', 'read_adapter_config', 'load_adapter']
+__all__ = ['LoRAConfig', 'LowRank', 'LoRALinear', 'lora_layers', 'lora_configs', 'tied_layers', 'target_layers', 'add_lora',
+           'use_adapters', 'lora_parameters', 'count_trainable', 'merge_lora', 'lora_disabled', 'unmerge_lora',
+           'remove_lora']
 
 # %% ../notebooks/07_lora.ipynb #74baf8fa
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern)
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
-    """An adapter's shape: rank `r`, strength `alpha` (the update is scaled by alpha / r), dropout, and target layers.
+    """An adapter's shape: rank `r`, strength `alpha`, dropout, target layers, and how the update is scaled.
 
-    Raises ValueError for r below 1, alpha not above 0, dropout outside [0, 1), or no target.
+    The update counts alpha / r times, with `rslora` alpha / sqrt(r) (Kalajdzievski 2023, eq. 4). A target is the end of
+    a layer's dotted name, wildcards allowed; "c_attn.q", ".k" and ".v" are the thirds of the fused matrix, "all-linear"
+    is every linear layer but the tied head. Raises ValueError for r below 1, alpha not above 0, dropout outside [0, 1),
+    or no target.
     """
 
     r: int = 8
     alpha: float = 16
     dropout: float = 0.0
     targets: tuple[str, ...] = ("c_attn",)
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1")
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha} must be above 0: the update is scaled by alpha / r")
+            raise ValueError(f"alpha={self.alpha} must be above 0: it is the strength of the update")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if not self.targets:
             raise ValueError("targets is empty: name at least one layer, e.g. ('c_attn',)")
 
-    def matches(self, name: str) -> bool:
-        """Does a layer's dotted name, e.g. `h.0.attn.c_attn`, end in one of the targets?"""
-        return any(name == t or name.endswith("." + t) for t in self.targets)
+    @property
+    def scaling(self) -> float:
+        """The factor before B A."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def parts(self, name: str) -> list[str]:
+        """What of the layer `name` is meant: [""] for all of it, some of ["q", "k", "v"] of a c_attn, or nothing."""
+        if any(t == "all-linear" or _fits(t, name) for t in self.targets):
+            return [""]
+        thirds = "qkv" if _fits("c_attn", name) else ""
+        return [part for part in thirds if any(_fits(t, f"{name}.{part}") for t in self.targets)]
 
 # %% ../notebooks/07_lora.ipynb #7a4a2f2b
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trainable low-rank update: y = x W^T + b + (alpha / r) dropout(x) A^T B^T.
+class LowRank(nn.Module):
+    """The thin branch of one adapter in one layer: x (..., in) -> scaling * dropout(x) A^T B^T, (..., rows).
 
-    Hu et al. 2021, section 4.1. `weight` (out, in) and `bias` (out,) are the wrapped layer's; `lora_A` (r, in) starts
-    random as in PEFT (kaiming-uniform, a = sqrt(5)), `lora_B` (out, r) at zero, both in float32 at least.
-    Raises ValueError when r is larger than min(in, out).
+    Hu et al. 2021, section 4.1. `lora_A` (r, in) starts random as in PEFT (kaiming-uniform, a = sqrt(5)), `lora_B`
+    (rows, r) at zero, both in float32 at least. `rows` says which outputs of the layer it adds to.
+    Raises ValueError when r is larger than min(in, rows).
     """
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig):
-        n_out, n_in = base.weight.shape
+    def __init__(self, base: nn.Linear, config: LoRAConfig, rows: slice):
+        super().__init__()
+        n_in, n_out = base.in_features, rows.stop - rows.start
         if config.r > min(n_in, n_out):
             raise ValueError(f"r={config.r} is above min(in, out)={min(n_in, n_out)} of a layer {n_in} -> {n_out}")
-        super().__init__(n_in, n_out, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.scaling = config.alpha / config.r
-        self.enabled = True
+        self.scaling, self.rows = config.scaling, rows
         like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(config.r, n_in, **like))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, **like))  # (out, r)
+        self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, **like))  # (rows, r)
         self.lora_dropout = nn.Dropout(config.dropout)
-        self.register_buffer("base_weight", None, persistent=False)  # the original, kept while merged
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        return self.scaling * F.linear(low, self.lora_B)  # (..., rows)
+
+    def matrix(self) -> Tensor:
+        """The branch as one matrix, scaling * B A, shape (rows, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+# %% ../notebooks/07_lora.ipynb #2e24b033
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus named low-rank updates: y = x W^T + b + the sum of weight_i * branch_i(x).
+
+    `weight` (out, in) and `bias` (out,) are the wrapped layer's. `adapters` holds the branches, under the adapter's
+    name or, for a third of c_attn, "name:q"; `active` says which adapters count, and how much.
+    """
+
+    def __init__(self, base: nn.Linear, config: LoRAConfig | None = None, name: str = "default"):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.adapters, self.active, self.enabled = nn.ModuleDict(), {}, True
+        self.register_buffer("base_weight", None, persistent=False)  # the original, kept while merged
+        self.train(base.training)
+        if config is not None:
+            self.add(name, config)
+            self.active = {name: 1.0}
+
+    def add(self, name: str, config: LoRAConfig, part: str = "") -> None:
+        """Put a new branch beside the weight, for all outputs or for the third `part` ("q", "k" or "v") of them."""
+        third = self.out_features // 3
+        start = "qkv".index(part) * third if part else 0
+        rows = slice(start, start + third if part else self.out_features)
+        self.adapters[f"{name}:{part}" if part else name] = LowRank(self, config, rows)
+
+    def branches(self, name: str | None = None) -> list[tuple[LowRank, float]]:
+        """The active branches with their weights, or those of the adapter `name` with weight 1."""
+        wanted = self.active if name is None else {name: 1.0}
+        owners = ((key.partition(":")[0], branch) for key, branch in self.adapters.items())
+        return [(branch, wanted[owner]) for owner, branch in owners if owner in wanted]
 
     @property
     def merged(self) -> bool:
@@ -82,20 +131,28 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if self.merged or not self.enabled:
-            return F.linear(x, self.base_weight if self.merged and not self.enabled else self.weight, self.bias)
-        y = F.linear(x, self.weight, self.bias)  # (..., out)
-        low = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        return y + (self.scaling * F.linear(low, self.lora_B)).to(y.dtype)
+        y = F.linear(x, self.base_weight if self.merged and not self.enabled else self.weight, self.bias)  # (..., out)
+        for branch, weight in [] if self.merged or not self.enabled else self.branches():
+            update = weight * branch(x)  # (..., rows)
+            y = y + F.pad(update, (branch.rows.start, self.out_features - branch.rows.stop)).to(y.dtype)
+        return y
 
     def delta(self) -> Tensor:
-        """The update as one matrix, (alpha / r) B A, shape (out, in)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        """The active updates as one matrix (out, in), what merging adds to the weight."""
+        total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        for branch, weight in self.branches():
+            total[branch.rows] += weight * branch.matrix()
+        return total
 
 # %% ../notebooks/07_lora.ipynb #614d24b1
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The model's LoRA layers by dotted name; empty when it has none."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
+    """The model's adapters: their names and shapes; empty when it has none."""
+    return dict(getattr(model, "lora_configs", None) or {})
 
 
 def _need_lora(model: nn.Module) -> dict[str, LoRALinear]:
@@ -110,18 +167,25 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 # %% ../notebooks/07_lora.ipynb #ae716bfc
-def _target_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """The linear layers that `config` names. Raises ValueError for a target that fits none, or for the tied head."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for t in config.targets:
-        if not any(name == t or name.endswith("." + t) for name in linears):
+def tied_layers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that share their matrix with an embedding: GPT-2's lm_head."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in embeddings}
+
+
+def target_layers(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
+    """The linear layers that `config` names, each with the parts meant (see `LoRAConfig.parts`).
+
+    Raises ValueError for a target that fits no layer. A tied head is meant only by its full name.
+    """
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    free = [name for name in linears if name not in tied_layers(model) or name in config.targets]
+    for target in config.targets:
+        one = LoRAConfig(targets=(target,))
+        if not any(one.parts(name) for name in free):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise ValueError(f"target {t!r} matches no linear layer; their names end in {known}")
-    found = {name: m for name, m in linears.items() if config.matches(name)}
-    for name, m in found.items():
-        if any(m.weight is e.weight for e in model.modules() if isinstance(e, nn.Embedding)):
-            raise ValueError(f"target {name!r} shares its matrix with the token embedding: merging would change both")
-    return found
+            raise ValueError(f"target {target!r} matches no linear layer; their names end in {known}")
+    return {name: parts for name in free if (parts := config.parts(name))}
 
 # %% ../notebooks/07_lora.ipynb #ee380640
 def add_lora(
@@ -130,26 +194,68 @@ def add_lora(
     alpha: float = 16,
     dropout: float = 0.0,
     targets: Sequence[str] | str = ("c_attn",),
+    *,
+    rslora: bool = False,
+    name: str = "default",
 ) -> GPTLanguageModel:
-    """Freeze the model and give each target layer a trainable low-rank update, in place; returns the model.
+    """Freeze the model and put an adapter into its target layers, in place; returns the model.
 
-    A target fits every layer whose dotted name ends in it ("c_proj" fits attn.c_proj and mlp.c_proj, "mlp.c_proj" only
-    the latter), as in PEFT. The logits do not change until the update is trained.
-    Raises ValueError for bad r, alpha or dropout, a target that fits no layer, and a model that has LoRA layers.
+    Targets as in `LoRAConfig`. The new adapter is the only one that is active and trained; at first its update is zero.
+    Raises ValueError for bad arguments, a target that fits no layer, a merged model, and a name that is taken, empty or
+    holds one of ". : /"; the model is then as it was.
     """
-    if lora_layers(model):
-        raise ValueError("this model already has LoRA layers: remove_lora(model) first")
-    config = LoRAConfig(r, alpha, dropout, tuple(sorted({targets} if isinstance(targets, str) else set(targets))))
-    new = {name: LoRALinear(layer, config) for name, layer in _target_layers(model, config).items()}
+    chosen = {targets} if isinstance(targets, str) else set(targets)
+    config = LoRAConfig(r, alpha, dropout, tuple(sorted(chosen)), rslora)
+    _check_new_name(model, name)
+    new = {at: LoRALinear(model.get_submodule(at)) for at in target_layers(model, config)}
+    for at, parts in target_layers(model, config).items():
+        for part in parts:  # a layer that raises here is not yet in the model
+            new[at].add(name, config, part)
+    _install(model, new)
+    model.lora_configs = lora_configs(model) | {name: config}
     model.requires_grad_(False)
-    for name, layer in new.items():
-        _put(model, name, layer)
-    model.lora_config = config
+    return use_adapters(model, name)
+
+# %% ../notebooks/07_lora.ipynb #90142c36
+def _check_new_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or set(name) & set(".:/\\"):
+        raise ValueError(f"name={name!r}: an adapter's name is text without '.', ':' and '/'")
+    if name in lora_configs(model):
+        raise ValueError(f"this model already has LoRA layers named {name!r}: remove_lora(model), or take another name")
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise ValueError("the LoRA layers are merged: unmerge_lora(model) before adding another adapter")
+
+
+def _install(model: nn.Module, new: Mapping[str, LoRALinear]) -> None:
+    """Put new layers into the model; where one is there already, hand its branches over."""
+    for at, layer in new.items():
+        old = model.get_submodule(at)
+        if isinstance(old, LoRALinear):
+            old.adapters.update(layer.adapters)
+        else:
+            _put(model, at, layer)
+
+# %% ../notebooks/07_lora.ipynb #6fa4c249
+def use_adapters(model: GPTLanguageModel, which: str | Mapping[str, float]) -> GPTLanguageModel:
+    """Make one adapter active, or several with weights, {"a": 0.7, "b": 0.3}; the others rest. Returns the model.
+
+    What is active computes and is trained. Raises ValueError for an unknown name, no name, and a merged model.
+    """
+    layers, known = _need_lora(model), lora_configs(model)
+    wanted = {which: 1.0} if isinstance(which, str) else {name: float(weight) for name, weight in which.items()}
+    if not wanted or not set(wanted) <= set(known):
+        raise ValueError(f"adapters {list(wanted)}: this model has {', '.join(known)}; lora_disabled switches all off")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the LoRA layers are merged: unmerge_lora(model) before choosing adapters")
+    for layer in layers.values():
+        layer.active = dict(wanted)
+        for key, branch in layer.adapters.items():
+            branch.requires_grad_(key.partition(":")[0] in wanted)
     return model
 
 # %% ../notebooks/07_lora.ipynb #0a1e6fdf
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's own parameters by name: two per layer, `….lora_A` (r, in) and `….lora_B` (out, r)."""
+    """The adapters' own parameters by name: `….adapters.NAME.lora_A` (r, in) and `….adapters.NAME.lora_B` (out, r)."""
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
 
 
@@ -161,14 +267,16 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
 # %% ../notebooks/07_lora.ipynb #d75f942e
 @torch.no_grad()
 def merge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
-    """Add every update into its weight, W + (alpha / r) B A, in place, after which the adapter costs nothing.
+    """Add the active updates into the weights, W + delta, in place, after which they cost nothing; returns the model.
 
-    The original weights are kept, for `unmerge_lora`. Summed in float32 and rounded once. Returns the model.
-    Raises ValueError, and changes nothing, if the model is merged already, has no LoRA layers, or would not be finite.
+    The original weights are kept, for `unmerge_lora`. Summed in float32 and rounded once. Raises ValueError, and
+    changes nothing, if the model is merged already, has no LoRA layers, has one on a tied head, or would not be finite.
     """
     layers = _need_lora(model)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are merged already: merging twice would count the update twice")
+    if tied := tied_layers(model) & set(layers):
+        raise ValueError(f"{', '.join(tied)} shares its matrix with the token embedding: merging would change both")
     new = {name: (layer.weight + layer.delta()).to(layer.weight.dtype) for name, layer in layers.items()}
     for name, weight in new.items():
         if not weight.isfinite().all():
@@ -208,7 +316,7 @@ def unmerge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
 
 # %% ../notebooks/07_lora.ipynb #7f201fda
 def remove_lora(model: GPTLanguageModel, *, keep_merged: bool = False) -> GPTLanguageModel:
-    """Take the LoRA layers out again, in place, and unfreeze the model; returns it.
+    """Take the LoRA layers out again, all adapters, in place, and unfreeze the model; returns it.
 
     The weights are the original ones, bit for bit, unless `keep_merged` keeps a merged update for good.
     Raises ValueError if there are none, or if `keep_merged` is asked of a model that is not merged.
@@ -222,124 +330,5 @@ def remove_lora(model: GPTLanguageModel, *, keep_merged: bool = False) -> GPTLan
         if layer.merged and not keep_merged:
             plain.weight.data = layer.base_weight
         _put(model, name, plain.train(layer.training))
-    model.lora_config = None
+    model.lora_configs = {}
     return model.requires_grad_(True)
-
-# %% ../notebooks/07_lora.ipynb #c7946038
-_KEY_PREFIX = "base_model.model.transformer."  # what PEFT puts before GPT-2's own names
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-
-def _adapter_config(config: LoRAConfig, base_name: str | None = None) -> dict:
-    """PEFT's adapter_config.json; `fan_in_fan_out` is true as Hugging Face's GPT-2 keeps its matrices (in, out)."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(config.targets),
-        "fan_in_fan_out": True,
-        "bias": "none",
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
-
-# %% ../notebooks/07_lora.ipynb #085f1bf7
-def save_adapter(model: GPTLanguageModel, folder: str | Path, base_name: str | None = None) -> Path:
-    """Write the adapter in PEFT's format: adapter_config.json and adapter_model.safetensors. Returns the folder.
-
-    `base_name` is what PEFT will look for as the base model, e.g. "openai-community/gpt2".
-    Each file is written beside its place and then moved, so that none is ever half there.
-    Raises ValueError for a model without LoRA layers.
-    """
-    _need_lora(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    params = lora_parameters(model).items()
-    tensors = {f"{_KEY_PREFIX}{name}.weight": p.detach().cpu().contiguous() for name, p in params}
-    partial = folder / (_WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / _WEIGHTS_FILE)
-    partial = folder / (_CONFIG_FILE + ".partial")
-    text = json.dumps(_adapter_config(model.lora_config, base_name), indent=2)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / _CONFIG_FILE)
-    return folder
-
-# %% ../notebooks/07_lora.ipynb #a52776df
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-                "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices", "lora_bias")
-
-
-def read_adapter_config(folder: str | Path) -> LoRAConfig:
-    """Read PEFT's adapter_config.json. rsLoRA's alpha / sqrt(r) is turned into the alpha that gives the same scale.
-
-    Raises FileNotFoundError, or ValueError for a file that is not a LoRA config or asks for a variant not built here.
-    """
-    path = Path(folder) / _CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: an adapter folder holds {_CONFIG_FILE} and {_WEIGHTS_FILE}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    kind = raw.get("peft_type") if isinstance(raw, dict) else None
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}, only 'LORA' can be loaded")
-    asked = [key for key in _UNSUPPORTED if raw.get(key)] + (["bias"] if raw.get("bias", "none") != "none" else [])
-    if asked:
-        raise ValueError(f"{path} uses {', '.join(asked)}, which this library does not build")
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
-    r, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    if raw.get("use_rslora"):
-        alpha = alpha * math.sqrt(r)
-    return LoRAConfig(r, alpha, raw.get("lora_dropout", 0.0), tuple(sorted(targets)))
-
-# %% ../notebooks/07_lora.ipynb #521b8f12
-def _read_adapter_weights(folder: Path, expected: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """The tensors of an adapter file, by parameter name. Raises when names, shapes or values are not as expected."""
-    path = folder / _WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: an adapter folder holds {_CONFIG_FILE} and {_WEIGHTS_FILE}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    keys = {f"{_KEY_PREFIX}{name}.weight": name for name in expected}
-    missing, extra = sorted(keys.keys() - tensors.keys()), sorted(tensors.keys() - keys.keys())
-    if missing or extra:
-        raise ValueError(f"{path} does not fit this model: {len(missing)} tensors missing {missing[:2]}, "
-                         f"{len(extra)} unexpected {extra[:2]}")
-    for key, name in keys.items():
-        if tuple(tensors[key].shape) != expected[name]:
-            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, this model needs {expected[name]}")
-        if not tensors[key].isfinite().all():
-            raise ValueError(f"{path}: {key} holds values that are not finite")
-    return {name: tensors[key] for key, name in keys.items()}
-
-# %% ../notebooks/07_lora.ipynb #a7850b93
-def load_adapter(model: GPTLanguageModel, folder: str | Path) -> GPTLanguageModel:
-    """Add the adapter in `folder` (PEFT's format, from here or from PEFT) to a plain model, in place; return the model.
-
-    The rest of the model is frozen, A and B can be trained on. Everything is checked before the model is touched.
-    Raises FileNotFoundError for missing files, ValueError for a model with LoRA layers or an adapter that does not fit.
-    """
-    if lora_layers(model):
-        raise ValueError("this model already has LoRA layers: remove_lora(model) first")
-    config = read_adapter_config(folder)
-    expected = {}
-    for name, layer in _target_layers(model, config).items():
-        expected[f"{name}.lora_A"] = (config.r, layer.in_features)
-        expected[f"{name}.lora_B"] = (layer.out_features, config.r)
-    tensors = _read_adapter_weights(Path(folder), expected)
-    add_lora(model, config.r, config.alpha, config.dropout, config.targets)
-    with torch.no_grad():
-        for name, p in lora_parameters(model).items():
-            p.copy_(tensors[name])
-    return model

@@ -13,8 +13,9 @@ from pathlib import Path
 import tiktoken
 import torch
 
+from .adapters import save_adapter
 from .generation import generate
-from .lora import add_lora, lora_layers, save_adapter
+from .lora import add_lora, lora_configs, lora_layers
 from .model import GPTConfig, GPTLanguageModel
 from minigpt_lib.training import (
     Batch,
@@ -338,7 +339,7 @@ def _save_tuned(
 ) -> None:
     if lora_layers(model):
         save_adapter(model, folder)
-        facts = facts | {"lora": asdict(model.lora_config)}
+        facts = facts | {"lora": {name: asdict(config) for name, config in lora_configs(model).items()}}
     else:
         save_pretrained(model, folder, enc)
     facts = facts | {"train": asdict(cfg), "loss": history[-1]["loss"], "val_loss": history[-1].get("val_loss")}

@@ -7,8 +7,9 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from minigpt_lib.adapters import save_adapter
 from minigpt_lib.chat import ChatModels
-from minigpt_lib.lora import add_lora, lora_parameters, save_adapter
+from minigpt_lib.lora import add_lora, lora_parameters
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.tokenizer import load_tokenizer, save_ranks
 from minigpt_lib.weights import save_pretrained

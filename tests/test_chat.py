@@ -16,6 +16,7 @@ import pytest
 import torch
 from scripted import TINY, byte_encoding, scripted_models, tiny_folder
 
+from minigpt_lib.adapters import load_adapter
 from minigpt_lib.chat import (
     LIMITS,
     MAX_CHARS,
@@ -36,7 +37,7 @@ from minigpt_lib.chat import (
     twin,
 )
 from minigpt_lib.generation import generate
-from minigpt_lib.lora import add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora
+from minigpt_lib.lora import add_lora, lora_disabled, lora_parameters, merge_lora
 from minigpt_lib.model import GPTLanguageModel
 from minigpt_lib.sft import encode_prompt, reply
 from minigpt_lib.weights import load_pretrained

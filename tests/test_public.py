@@ -17,7 +17,7 @@ NAMES = [
     "load_adapter", "finetune", "build_prompt", "build_app",
 ]  # fmt: skip
 ORDER = ["runtime", "tokenizer", "attention", "model", "training", "weights", "sampling", "cache", "generation"]
-ORDER += ["lora", "sft", "chat", "cli", "__init__"]
+ORDER += ["lora", "adapters", "sft", "chat", "cli", "__init__"]
 MODULES = sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem != "_modidx")
 NEEDED = {"torch", "numpy", "tiktoken", "safetensors", "regex"}  # pyproject.toml's, and what tiktoken itself needs
 LATER = ("gradio", "matplotlib", "ipywidgets", "IPython", "tqdm", "huggingface_hub", "transformers", "peft")

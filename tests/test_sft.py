@@ -8,7 +8,8 @@ import pytest
 import tiktoken
 import torch
 
-from minigpt_lib.lora import add_lora, load_adapter, lora_layers, lora_parameters, merge_lora
+from minigpt_lib.adapters import load_adapter
+from minigpt_lib.lora import add_lora, lora_layers, lora_parameters, merge_lora
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.sft import (
     RECIPES,
@@ -431,7 +432,7 @@ def test_finetune_writes_an_adapter_that_loads(model, enc, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "training.json"} <= files
     assert "checkpoint.pt" not in files
     report = json.loads((tmp_path / "tuned" / "training.json").read_text())
-    assert report["records"] == 6 and report["train"]["lr"] == TINY.lr and report["lora"]["r"] == 2
+    assert report["records"] == 6 and report["train"]["lr"] == TINY.lr and report["lora"]["default"]["r"] == 2
     load_adapter(base, tmp_path / "tuned")
     assert all(torch.equal(lora_parameters(base)[name], p) for name, p in lora_parameters(model).items())
     assert any(p.any() for name, p in lora_parameters(base).items() if name.endswith("lora_B"))
