@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import CausalSelfAttention, KVStore, causal_mask
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'LayerNorm', 'MLP', 'Block', 'padding_mask', 'Transformer', 'next_token_loss',
+__all__ = ['PRESETS', 'GPTConfig', 'LayerNorm', 'MLP', 'Block', 'padding_mask', 'check_ids', 'Transformer', 'next_token_loss',
            'GPTLanguageModel']
 
 # %% ../notebooks/03_gpt2_model.ipynb #70a7256f
@@ -133,7 +133,8 @@ def padding_mask(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
     return mask, positions
 
 # %% ../notebooks/03_gpt2_model.ipynb #905a66d8
-def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+def check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError, calling the ids `what`, unless all lie in 0 … vocab_size - 1; on a GPU this waits for it."""
     if ids.is_meta or torch.compiler.is_compiling():
         return  # no values to look at
     low, high = torch.stack(torch.aminmax(ids)).tolist()
@@ -155,8 +156,8 @@ def _check_input(idx: Tensor, config: GPTConfig, past: int, attention_mask: Tens
         )
     if attention_mask is not None and tuple(attention_mask.shape) != (B, past + T):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, past + T)}")
-    if idx.device.type == "cpu" or past == 0:  # on a GPU this look at the values would stall every decoding step
-        _check_ids("token id", idx, config.vocab_size)
+    if idx.device.type == "cpu":  # on a GPU this look at the values would wait for it in every forward pass
+        check_ids("token id", idx, config.vocab_size)
 
 # %% ../notebooks/03_gpt2_model.ipynb #0e3e3426
 class Transformer(nn.Module):
@@ -204,7 +205,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}")
     counts = targets != -100  # (B, T)
-    _check_ids("target", targets.masked_fill(~counts, 0), logits.size(-1))
+    if targets.device.type == "cpu":
+        check_ids("target", targets.masked_fill(~counts, 0), logits.size(-1))
     total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long(), reduction="sum")
     return total / counts.sum().clamp(min=1)
 

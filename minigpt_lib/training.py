@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,21 +18,18 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 
+from .loss import Batch, count_targets, evaluate_loss, summed_loss
 from .model import GPTConfig, GPTLanguageModel
 from .runtime import pick_device
 from .tokenizer import ENDOFTEXT
 
-Batch = tuple[Tensor, Tensor]  # idx (B, T) and targets (B, T), both int64
 History = list[dict[str, float]]  # a record for each step: step, loss, lr, grad_norm, tokens_per_s, at times val_loss
 
 # %% auto #0
-__all__ = ['Batch', 'History', 'read_documents', 'encode_corpus', 'TokenWindows', 'heldout_batches', 'count_targets',
-           'summed_loss', 'evaluate_loss', 'TrainConfig', 'configure_optimizer', 'lr_at', 'train_step',
-           'write_atomically', 'save_checkpoint', 'load_checkpoint', 'interrupt_flag', 'progress_bar', 'run_step',
-           'is_due', 'open_history', 'train', 'pretrain']
+__all__ = ['History', 'read_documents', 'encode_corpus', 'TokenWindows', 'heldout_batches', 'TrainConfig', 'configure_optimizer',
+           'lr_at', 'train_step', 'write_atomically', 'save_checkpoint', 'load_checkpoint', 'interrupt_flag',
+           'progress_bar', 'run_step', 'is_due', 'open_history', 'train', 'pretrain']
 
 # %% ../notebooks/04_pretraining.ipynb #c4103ce5
 def read_documents(path: str | Path) -> list[str]:
@@ -120,48 +117,6 @@ def heldout_batches(tokens: np.ndarray, window: int, batch_size: int, limit: int
     ids = torch.from_numpy(np.asarray(tokens[: n * window + 1]).astype(np.int64))  # (n * T + 1,)
     idx, targets = ids[:-1].view(n, window), ids[1:].view(n, window)  # (n, T), (n, T)
     return list(zip(idx.split(batch_size), targets.split(batch_size), strict=True))[:limit]
-
-# %% ../notebooks/04_pretraining.ipynb #2892346e
-def count_targets(targets: Tensor) -> int:
-    """How many of targets (B, T) count, which is all that are not -100."""
-    return int((targets != -100).sum())
-
-# %% ../notebooks/04_pretraining.ipynb #1fcf7b13
-def summed_loss(model: GPTLanguageModel, idx: Tensor, targets: Tensor, precision: str = "fp32") -> Tensor:
-    """Cross-entropy summed over the targets that are not -100, in nats: idx, targets (B, T) -> () float32.
-
-    The head runs only at the positions that count. precision "bf16" computes under autocast. Moves the batch to the
-    model's device.
-    """
-    device = model.wte.weight.device
-    keep = (targets != -100).flatten().nonzero().squeeze(1)  # (n,) found before the copy: no waiting for a GPU
-    every = len(keep) == targets.numel()
-    idx, targets, keep = idx.to(device), targets.to(device), keep.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        hidden, wanted = model.hidden_states(idx).flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
-        if not every:
-            hidden, wanted = hidden[keep], wanted[keep]  # (n, C), (n,)
-        logits = model.lm_head(hidden)  # (n, V)
-    return F.cross_entropy(logits.float(), wanted, reduction="sum")
-
-# %% ../notebooks/04_pretraining.ipynb #94dfb3c1
-def evaluate_loss(model: GPTLanguageModel, batches: Iterable[Batch], precision: str = "fp32") -> float:
-    """Mean cross-entropy in nats over all targets of all batches that are not -100; the model's mode is kept.
-
-    Raises ValueError if no target counts.
-    """
-    total, n, was_training = 0.0, 0, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for idx, targets in batches:
-                total += float(summed_loss(model, idx, targets, precision))
-                n += count_targets(targets)
-    finally:
-        model.train(was_training)
-    if n == 0:
-        raise ValueError("no target to measure the loss on: there is no batch, or every target is -100")
-    return total / n
 
 # %% ../notebooks/04_pretraining.ipynb #96850eb5
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ NAMES = [
     "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",
     "load_adapter", "finetune", "build_prompt", "build_app",
 ]  # fmt: skip
-ORDER = ["runtime", "tokenizer", "attention", "model", "training", "weights", "sampling", "cache", "generation"]
+ORDER = ["runtime", "tokenizer", "attention", "model", "loss", "training", "weights", "sampling", "cache", "generation"]
 ORDER += ["lora", "adapters", "sft", "chat", "cli", "__init__"]
 MODULES = sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem != "_modidx")
 NEEDED = {"torch", "numpy", "tiktoken", "safetensors", "regex"}  # pyproject.toml's, and what tiktoken itself needs

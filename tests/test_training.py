@@ -16,6 +16,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from tiny import TINY, T, V, batch_of, build, flat, losses, windows_of
 
 from minigpt_lib import training
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
@@ -43,42 +44,7 @@ from minigpt_lib.training import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-V, T = 61, 12
-TINY = GPTConfig(vocab_size=V, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
 MATRICES = ("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-def build(seed: int, **changes) -> GPTLanguageModel:
-    """A tiny model whose weights, biases and LayerNorm's included, are large enough that all of them matter."""
-    gen = torch.Generator().manual_seed(seed)
-    model = GPTLanguageModel(replace(TINY, **changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            gain = name.endswith("weight") and p.dim() == 1
-            p.copy_(torch.randn(p.shape, generator=gen) * 0.15 + gain)
-    return model
-
-
-def windows_of(seed: int, batch_size: int = 4, n: int = 500) -> TokenWindows:
-    tokens = np.random.default_rng(seed).integers(V, size=n).astype(np.uint16)
-    return TokenWindows(tokens, window=T, batch_size=batch_size, seed=seed)
-
-
-def batch_of(seed: int, rows: int, share: float = 1.0) -> training.Batch:
-    """Random ids and targets, of which about `share` count (at least one)."""
-    gen = torch.Generator().manual_seed(seed)
-    idx, targets = torch.randint(V, (2, rows, T), generator=gen)
-    masked = targets.masked_fill(torch.rand(rows, T, generator=gen) >= share, -100)
-    masked[0, -1] = targets[0, -1]
-    return idx, masked
-
-
-def flat(model: GPTLanguageModel) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def losses(history: training.History) -> list[float]:
-    return [record["loss"] for record in history]
 
 
 @pytest.fixture
@@ -263,38 +229,6 @@ def test_clipping_bounds_the_step_and_keeps_the_direction(seed):
     assert (clipped - free / 3).abs().max() < 1e-5 * max(1, norm), f"seed {seed}"
     loose, *_ = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=2 * norm))
     assert torch.equal(loose, free)
-
-
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_summed_loss_and_evaluate_loss_equal_the_model(share, seed):
-    model, batches = build(seed), [batch_of(seed + i, rows, share) for i, rows in enumerate((3, 1, 5))]
-    sums, counts = [], []
-    for idx, targets in batches:
-        n = int((targets != -100).sum())
-        assert count_targets(targets) == n
-        sums.append(model(idx, targets)[1].item() * n)
-        counts.append(n)
-        assert abs(summed_loss(model, idx, targets).item() - sums[-1]) < 1e-4, f"seed {seed}"
-    assert abs(evaluate_loss(model, batches) - sum(sums) / sum(counts)) < 1e-5, f"seed {seed}"
-
-
-def test_the_head_runs_only_where_targets_count(seed):
-    model, seen = build(seed), []
-    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    idx, targets = batch_of(seed, 4, 0.3)
-    summed_loss(model, idx, targets)
-    assert seen == [(count_targets(targets), V)]
-
-
-def test_evaluate_loss_turns_dropout_off_and_restores_the_mode(seed):
-    model, batches = build(seed, dropout=0.5), [batch_of(seed, 4)]
-    for mode in (True, False):
-        model.train(mode)
-        assert evaluate_loss(model, batches) == evaluate_loss(model, batches)
-        assert model.training is mode and all(p.grad is None for p in model.parameters())
-    for nothing in ([], [(batches[0][0], torch.full((4, T), -100))]):
-        with pytest.raises(ValueError, match="no target"):
-            evaluate_loss(model, nothing)
 
 
 def test_bf16_stays_close_and_keeps_float32_weights(seed):
@@ -732,7 +666,7 @@ def test_pretrain_learns_and_is_reproducible(tmp_path, byte_encoding, seed):
         tmp_path / "train.txt", byte_encoding, cfg, **options, folder=tmp_path / "run", progress=False
     )
     assert not model.training and abs(history[0]["loss"] - math.log(257)) < 0.3
-    assert history[-1]["val_loss"] < 2.5 < history[0]["loss"], f"{history[-1]} (seed {seed})"
+    assert history[-1]["val_loss"] < 3 < history[0]["loss"], f"{history[-1]} (seed {seed})"
     assert torch.equal(torch.get_rng_state(), state) and (tmp_path / "run" / "checkpoint.pt").is_file()
     again, other = pretrain(tmp_path / "train.txt", byte_encoding, cfg, **options, progress=False)
     assert losses(other) == losses(history) and torch.equal(flat(again), flat(model)), f"seed {seed}"

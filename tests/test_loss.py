@@ -1,0 +1,210 @@
+"""minigpt_lib.loss against PyTorch's cross-entropy on whole logits, and what it keeps in memory."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TINY, T, V, batch_of, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minigpt_lib import loss as loss_module
+from minigpt_lib.loss import CHUNK, chunked_cross_entropy, count_targets, evaluate_loss, summed_loss
+
+
+class Made(TorchDispatchMode):
+    """Notes the shape of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.shapes += [t.shape for t in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(t)]
+        return out
+
+
+def problem(seed: int, n: int, c: int = 16, v: int = 203, size: float = 1.0):
+    gen = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(rows, c, generator=gen).mul_(size).requires_grad_() for rows in (n, v))
+    return x, weight, torch.randint(v, (n,), generator=gen)
+
+
+def whole(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+
+
+def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, inputs))
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, in units of the largest number."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000, None])
+def test_value_and_gradients_equal_plain_cross_entropy(rows, seed):
+    x, weight, targets = problem(seed, n=random.Random(seed).randint(8, 90))
+    scale = torch.rand(()) + 0.1
+    mine, theirs = chunked_cross_entropy(x, weight, targets, rows), whole(x, weight, targets)
+    assert mine.dtype == torch.float32 and mine.shape == ()
+    assert abs(mine - theirs) < 1e-6 * theirs.abs(), f"seed {seed}"
+    pairs = zip(gradients(scale * mine, x, weight), gradients(scale * theirs, x, weight), strict=True)
+    for name, (a, b) in zip(("x", "weight"), pairs, strict=True):
+        assert a.shape == b.shape and off(a, b) < 2e-6, f"gradient of {name}: {off(a, b)} (seed {seed})"
+
+
+def test_gpt2s_vocabulary_in_the_default_chunks(seed):
+    x, weight, targets = problem(seed, n=CHUNK // 50257 + 9, c=8, v=50257)
+    with Made() as made:
+        mine = chunked_cross_entropy(x, weight, targets)
+    widest = max(shape.numel() for shape in made.shapes)
+    assert 0.9 * CHUNK < widest <= CHUNK < len(x) * len(weight), "two chunks, and nothing wider than one"
+    theirs = whole(x, weight, targets)
+    assert abs(mine - theirs) < 1e-6 * theirs.abs(), f"seed {seed}"
+    for a, b in zip(gradients(mine, x, weight), gradients(theirs, x, weight), strict=True):
+        assert off(a, b) < 1e-5, f"seed {seed}"
+
+
+@pytest.mark.parametrize("rows", [3, 10])
+def test_no_tensor_holds_more_than_a_chunk_of_logits(rows, seed):
+    x, weight, targets = problem(seed, n=40)
+    with Made() as made:
+        chunked_cross_entropy(x, weight, targets, rows).backward()
+    logits = [shape.numel() for shape in made.shapes if len(weight) in shape and x.size(1) not in shape]
+    assert max(logits) == rows * len(weight)
+    assert max(shape.numel() for shape in made.shapes) == max(rows, x.size(1)) * len(weight)
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_weight(seed):
+    x, weight, targets = problem(seed, n=40)
+    expected = gradients(whole(x, weight, targets), x)[0]
+    weight.requires_grad_(False)
+    with Made() as made:
+        loss = chunked_cross_entropy(x, weight, targets, rows=9)
+        loss.backward()
+    assert off(x.grad, expected) < 2e-6 and weight.grad is None
+    assert not [s for s in made.shapes if s == weight.shape], "nothing as large as the weight is made"
+    x.grad = None
+    x.requires_grad_(False)
+    weight.requires_grad_()
+    chunked_cross_entropy(x, weight, targets, rows=9).backward()
+    assert off(weight.grad, gradients(whole(x, weight, targets), weight)[0]) < 2e-6 and x.grad is None
+
+
+def test_without_gradients_only_the_value_is_computed(seed):
+    x, weight, targets = problem(seed, n=40)
+    with Made() as made, torch.no_grad():
+        loss = chunked_cross_entropy(x, weight, targets, rows=9)
+    assert not loss.requires_grad and abs(loss - whole(x, weight, targets)) < 1e-6 * loss
+    assert weight.shape not in made.shapes and x.shape not in made.shapes
+
+
+def test_autocast_is_as_close_as_plain_autocast(seed):
+    x, weight, targets = problem(seed, n=60, c=32, size=0.4)
+    exact = whole(x, weight, targets)
+    truth = gradients(exact, x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = chunked_cross_entropy(x, weight, targets, rows=16), whole(x, weight, targets)
+    assert mine.dtype == torch.float32 and 0 < abs(mine - exact) < 2e-3 * exact, f"seed {seed}"
+    for a, b, t in zip(gradients(mine, x, weight), gradients(theirs, x, weight), truth, strict=True):
+        assert a.dtype == torch.float32
+        error, usual = float((a - t).norm() / t.norm()), float((b - t).norm() / t.norm())
+        assert 0 < error < 1.5 * usual + 1e-3, f"{error} against {usual} (seed {seed})"
+
+
+def test_huge_scores_overflow_nothing(seed):
+    x, weight, targets = problem(seed, n=30, size=60.0)
+    mine, theirs = chunked_cross_entropy(x, weight, targets, rows=8), whole(x, weight, targets)
+    assert theirs > 1e4 and abs(mine - theirs) < 1e-6 * theirs, f"seed {seed}"
+    for a, b in zip(gradients(mine, x, weight), gradients(theirs, x, weight), strict=True):
+        assert a.isfinite().all() and off(a, b) < 1e-4, f"seed {seed}"
+
+
+def test_a_second_backward_pass_is_refused(seed):
+    x, weight, targets = problem(seed, n=5)
+    loss = chunked_cross_entropy(x, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward a second time"):
+        loss.backward()
+
+
+def test_no_position_gives_zero():
+    x, weight, _ = problem(0, n=3)
+    loss = chunked_cross_entropy(x[:0], weight, torch.zeros(0, dtype=torch.int64))
+    assert loss == 0 and not gradients(loss, weight)[0].any()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_the_gradient_of_the_whole_model_tied_matrix_included(share, checkpointing, seed, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 5 * V)
+    idx, targets = batch_of(seed, 4, share)
+    expected, model = build(seed), build(seed).train()
+    model.gradient_checkpointing = checkpointing
+    (expected(idx, targets)[1] * count_targets(targets)).backward()
+    for _ in range(2):  # gradients add up, as accumulation needs it
+        summed_loss(model, idx, targets).backward()
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert float((p.grad / 2 - q.grad).abs().max()) < 1e-5 * max(1, float(q.grad.abs().max())), f"{name} {seed}"
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_summed_loss_and_evaluate_loss_equal_the_model(share, seed):
+    model, batches = build(seed), [batch_of(seed + i, rows, share) for i, rows in enumerate((3, 1, 5))]
+    sums, counts = [], []
+    for idx, targets in batches:
+        n = int((targets != -100).sum())
+        assert count_targets(targets) == n
+        sums.append(model(idx, targets)[1].item() * n)
+        counts.append(n)
+        assert abs(summed_loss(model, idx, targets).item() - sums[-1]) < 1e-4, f"seed {seed}"
+    assert abs(evaluate_loss(model, batches) - sum(sums) / sum(counts)) < 1e-5, f"seed {seed}"
+
+
+def test_positions_without_a_label_never_reach_the_head(seed, monkeypatch):
+    seen, real = [], chunked_cross_entropy
+    spy = lambda x, *args: seen.append((x.shape, args[1])) or real(x, *args)  # noqa: E731
+    monkeypatch.setattr(loss_module, "chunked_cross_entropy", spy)
+    idx, targets = batch_of(seed, 4, 0.3)
+    summed_loss(build(seed), idx, targets)
+    (shape, wanted), *rest = seen
+    assert not rest and shape == (count_targets(targets), TINY.n_embd)
+    assert wanted.tolist() == targets[targets != -100].tolist()
+
+
+def test_ids_outside_the_vocabulary_are_named(seed):
+    model, (idx, targets) = build(seed), batch_of(seed, 2)
+    for what, wrong in (("token id", 0), ("target", 1)):
+        for bad in (V, -1):
+            batch = [idx.clone(), targets.clone()]
+            batch[wrong][1, 3] = bad
+            with pytest.raises(ValueError, match=f"{what} {bad} is outside the vocabulary: ids run from 0 to {V - 1}"):
+                summed_loss(model, *batch)
+
+
+def test_evaluate_loss_turns_dropout_off_and_restores_the_mode(seed):
+    model, batches = build(seed, dropout=0.5), [batch_of(seed, 4)]
+    for mode in (True, False):
+        model.train(mode)
+        assert evaluate_loss(model, batches) == evaluate_loss(model, batches)
+        assert model.training is mode and all(p.grad is None for p in model.parameters())
+    for nothing in ([], [(batches[0][0], torch.full((4, T), -100))]):
+        with pytest.raises(ValueError, match="no target"):
+            evaluate_loss(model, nothing)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype, seed):
+    x, weight, targets = problem(seed, n=300, c=64, v=1003, size=0.4)
+    truth = whole(x, weight, targets)
+    expected = gradients(truth, x, weight)
+    moved = [t.detach().cuda().requires_grad_() for t in (x, weight)]
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        mine = chunked_cross_entropy(*moved, targets.cuda(), rows=64)
+    assert abs(mine.cpu() - truth) < (1e-4 if dtype == torch.float32 else 1e-2) * truth
+    for a, b in zip(gradients(mine, *moved), expected, strict=True):
+        assert off(a.cpu(), b) < (1e-3 if dtype == torch.float32 else 5e-2)
