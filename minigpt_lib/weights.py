@@ -3,49 +3,71 @@
 # %% ../notebooks/05_loading_weights.ipynb #a91f5253
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import tiktoken
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from .hub import HUB, fetch
+from .hub import FetchError as FetchError
+from .hub import check_sha256 as check_sha256
 from .model import GPTConfig, GPTLanguageModel
 from .runtime import MODEL_NAMES, ModelChoice, check_model_name, data_dir
+from minigpt_lib.tensor_files import (
+    FLOATS,
+    StoredTensor,
+    WeightsError,
+    check_finite,
+    pieces,
+    safetensors_entries,
+    write_safetensors,
+)
+from .tensor_files import read_safetensors as read_safetensors
+from .tf_checkpoint import read_bundle
 from .tokenizer import load_tokenizer, save_ranks
 
 # %% auto #0
-__all__ = ['TRANSPOSED', 'IGNORED', 'FLOATS', 'HUB', 'parameter_shapes', 'WeightsError', 'from_hf_state', 'to_hf_state',
-           'config_from_hf', 'config_to_hf', 'read_config', 'read_safetensors', 'FetchError', 'check_sha256', 'fetch',
-           'model_folder', 'load_pretrained', 'save_pretrained', 'load_course_model']
+__all__ = ['TRANSPOSED', 'IGNORED', 'parameter_shapes', 'from_hf_state', 'to_hf_state', 'config_from_hf', 'config_to_hf',
+           'read_config', 'from_openai_names', 'model_folder', 'config_from_openai', 'load_pretrained',
+           'save_pretrained', 'load_course_model']
 
 # %% ../notebooks/05_loading_weights.ipynb #ad2ce820
+class _Unfilled(TorchFunctionMode):
+    """While active, functions of `torch.nn.init` leave their tensor as it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _skeleton(config: GPTConfig) -> GPTLanguageModel:
+    """The model without memory: its parameters have a shape, but no numbers (PyTorch's meta device)."""
+    with torch.device("meta"), _Unfilled():
+        return GPTLanguageModel(config)
+
+
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of this library's model, the tied `lm_head.weight` left out."""
-    with torch.device("meta"):
-        state = GPTLanguageModel(config).state_dict()
-    return {name: tuple(t.shape) for name, t in state.items() if name != "lm_head.weight"}
+    return {name: tuple(t.shape) for name, t in _skeleton(config).state_dict().items() if name != "lm_head.weight"}
 
 # %% ../notebooks/05_loading_weights.ipynb #1e50f6af
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
 IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask in older files, not a parameter
 
-
-class WeightsError(ValueError):
-    """A checkpoint that cannot be loaded or saved exactly; the message names the file or the tensor, and the reason."""
-
 # %% ../notebooks/05_loading_weights.ipynb #a45d86a6
-def _parameters_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the `transformer.` prefix; mask buffers and a head equal to `wte.weight` dropped."""
+def _short_names(state: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
+    """`state` without the prefix `transformer.` and without the mask buffers."""
     out = {}
     for name, t in state.items():
         short = name.removeprefix("transformer.")
@@ -53,11 +75,18 @@ def _parameters_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise WeightsError(f"the tensor {short!r} occurs twice, with and without the prefix 'transformer.'")
         if not IGNORED.fullmatch(short):
             out[short] = t
-    head = out.pop("lm_head.weight", None)
-    wte = out.get("wte.weight", head)
-    if head is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
-        raise WeightsError("lm_head.weight differs from wte.weight: GPT-2's head is tied to the token embedding")
     return out
+
+# %% ../notebooks/05_loading_weights.ipynb #c80aa38d
+def _without_head(given: dict[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
+    """`given` without `lm_head.weight`. Raises WeightsError if that is there and differs from `wte.weight`."""
+    head = given.get("lm_head.weight")
+    wte = given.get("wte.weight", head)
+    if head is not None:
+        alike = head.dtype == wte.dtype and tuple(head.shape) == tuple(wte.shape)
+        if not (alike and all(torch.equal(a, b) for a, b in zip(pieces(head), pieces(wte), strict=True))):
+            raise WeightsError("lm_head.weight differs from wte.weight: GPT-2's head is tied to the token embedding")
+    return {name: t for name, t in given.items() if name != "lm_head.weight"}
 
 # %% ../notebooks/05_loading_weights.ipynb #cae0d3a8
 def _check_names(have: set[str], want: set[str]) -> None:
@@ -71,11 +100,8 @@ def _check_names(have: set[str], want: set[str]) -> None:
         raise WeightsError(f"the tensors do not fit the config; {'; '.join(problems)}")
 
 # %% ../notebooks/05_loading_weights.ipynb #a8a4c1e6
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    """Raise WeightsError unless t has this shape and dtype (None: any of FLOATS) and only finite values."""
+def _check_kind(name: str, t: Tensor | StoredTensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Raise WeightsError unless t has this shape and dtype (None: any of FLOATS)."""
     if tuple(t.shape) != shape:
         hint = ""
         if name.endswith(TRANSPOSED) and tuple(t.shape) == shape[::-1]:
@@ -85,17 +111,18 @@ def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dty
         raise WeightsError(f"{name} has dtype {t.dtype}; weights must be one of {', '.join(map(str, FLOATS))}")
     if dtype is not None and t.dtype != dtype:
         raise WeightsError(f"{name} is {t.dtype}, wte.weight is {dtype}: pass dtype=torch.float32 to cast all of them")
-    if not torch.isfinite(t).all():
-        raise WeightsError(f"{name} holds {int((~torch.isfinite(t)).sum())} values that are NaN or infinite")
 
 # %% ../notebooks/05_loading_weights.ipynb #8d20defa
-def _checked(state: Mapping[str, Tensor], config: GPTConfig, *, any_dtype: bool = False) -> dict[str, Tensor]:
-    """The parameters in `state`, still in the hub's layout, in the model's order, after every check above."""
-    given, shapes = _parameters_only(state), parameter_shapes(config)
-    _check_names(set(given), set(shapes))
+def _fitting(
+    state: Mapping[str, Tensor | StoredTensor], config: GPTConfig, *, any_dtype: bool = False
+) -> dict[str, Tensor | StoredTensor]:
+    """The parameters in `state`, in the model's order and the hub's layout; all is checked but the values."""
+    given, shapes = _short_names(state), parameter_shapes(config)
+    _check_names(set(given) - {"lm_head.weight"}, set(shapes))
+    given = _without_head(given)
     dtype = None if any_dtype else given["wte.weight"].dtype
     for name, shape in shapes.items():
-        _check_tensor(name, given[name], shape[::-1] if name.endswith(TRANSPOSED) else shape, dtype)
+        _check_kind(name, given[name], shape[::-1] if name.endswith(TRANSPOSED) else shape, dtype)
     return {name: given[name] for name in shapes}
 
 # %% ../notebooks/05_loading_weights.ipynb #a8ab082c
@@ -114,7 +141,8 @@ def from_hf_state(
     Raises WeightsError naming the tensor for any other name, shape or dtype and for values that are not finite.
     """
     out = {}
-    for name, t in _checked(state, config, any_dtype=dtype is not None).items():
+    for name, t in _fitting(state, config, any_dtype=dtype is not None).items():
+        check_finite(name, t)
         t = t.t() if name.endswith(TRANSPOSED) else t  # (out, in) for the four matrices
         out[name] = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     return out
@@ -190,101 +218,22 @@ def read_config(path: Path | str) -> GPTConfig:
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{path} is not a GPT-2 config: {error}") from error
 
-# %% ../notebooks/05_loading_weights.ipynb #76a53473
-def _why_unreadable(path: Path) -> str:
-    """What is wrong with a file that safetensors cannot read, from its size and its first bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        head = f.read(4096)
-    start = head.lstrip()[:64].lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "it is a web page, saved in place of the weights: download the file itself"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer: run `git lfs pull`"
-    header = int.from_bytes(head[:8], "little")
-    if size < 8 or (8 + header > size and head[8:9] in (b"{", b"")):
-        return f"it is cut off: its {size} bytes do not even hold the header"
-    if head[8:9] != b"{":
-        return "it is not a safetensors file"
-    try:
-        with path.open("rb") as f:
-            f.seek(8)
-            entries = json.loads(f.read(header))
-        need = 8 + header + max(v["data_offsets"][1] for k, v in entries.items() if k != "__metadata__")
-    except (ValueError, KeyError, TypeError, IndexError):
-        return "its header is damaged"
-    return f"it is cut off: {size} of {need} bytes are there" if size < need else "its header does not fit its data"
+# %% ../notebooks/05_loading_weights.ipynb #a5b2800a
+_OPENAI = re.compile(r"model/(?:(h)(\d+)/)?([a-z_0-9/]+?)(?:/([gbw]))?")  # model/h0/attn/c_attn/w, model/wte
 
-# %% ../notebooks/05_loading_weights.ipynb #9bb071b1
-def read_safetensors(path: Path | str) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, mapped into memory and read from disk only when used.
 
-    Raises FileNotFoundError, or WeightsError saying what the file is when it is cut off, a web page or damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no file {path}; its folder holds: {', '.join(beside) or 'nothing'}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (f is no dict)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} cannot be read: {_why_unreadable(path)}") from error
-
-# %% ../notebooks/05_loading_weights.ipynb #3d04426f
-class FetchError(ConnectionError):
-    """Weights that are neither in the local cache nor could be downloaded; the message says what to do."""
-
-# %% ../notebooks/05_loading_weights.ipynb #47a7aada
-HUB = {  # name: (repository, revision, SHA-256 of model.safetensors where it is known beforehand)
-    "gpt2": (
-        "openai-community/gpt2",
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    ),
-    "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None),
-    "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519", None),
-    "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", None),
-}
-
-# %% ../notebooks/05_loading_weights.ipynb #aa2139d6
-def check_sha256(path: Path, expected: str | None = None) -> None:
-    """Raise WeightsError unless the file's SHA-256 is `expected`; None: the hash by which the hub's cache stores it."""
-    stored_as = path.resolve().name  # the cache keeps large files under their hash and links to them
-    expected = expected or (stored_as if re.fullmatch(r"[0-9a-f]{64}", stored_as) else None)
-    if expected is None:
-        return
-    with path.open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != expected:
-        raise WeightsError(f"{path} has SHA-256 {found}, expected {expected}: delete {path.resolve()} and load again")
-
-# %% ../notebooks/05_loading_weights.ipynb #4b4e9797
-def fetch(name: str) -> Path:
-    """The local folder with config.json and model.safetensors of an official model, downloaded on first use.
-
-    Downloads go through huggingface_hub: resumed when interrupted, kept in its cache (HF_HOME), at a pinned revision.
-    Raises FetchError when they cannot be had, WeightsError for a file with another hash, ImportError without the hub.
-    """
-    if name not in HUB:
-        raise ValueError(f"{name!r} is not an official model: use one of {', '.join(HUB)}")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError('downloading weights needs huggingface_hub: pip install "minigpt-lib[course]"') from error
-    repo, revision, sha256 = HUB[name]
-    try:
-        files = [Path(hf_hub_download(repo, f, revision=revision)) for f in ("config.json", "model.safetensors")]
-    except Exception as error:  # the hub raises its own, the HTTP library's and the system's errors
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise FetchError(
-            f"{repo} (revision {revision[:8]}) is not in the cache and could not be had from {where}: "
-            f"{type(error).__name__}. Ways out: connect once and retry; set HF_ENDPOINT to a mirror; copy a filled "
-            "cache to this machine and set HF_HOME to it (and HF_HUB_OFFLINE=1); or pass a local folder with "
-            "config.json and model.safetensors instead of the name"
-        ) from error
-    check_sha256(files[1], sha256)
-    return files[1].parent
+def from_openai_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """OpenAI's names -> the hub's, and matrices (1, in, out) -> (in, out). What is not understood keeps its name."""
+    out = {}
+    for name, t in tensors.items():
+        found = _OPENAI.fullmatch(name)
+        if found:
+            h, layer, kind, part = found.groups()
+            end = {"b": "bias", "g": "weight", "w": "weight", None: "weight"}[part]
+            name = ".".join([*([h, layer] if h else []), *kind.split("/"), end])
+        shape = t.shape[1:] if found and part == "w" and t.shape[:1] == (1,) and len(t.shape) == 3 else t.shape
+        out[name] = replace(t, shape=shape)
+    return out
 
 # %% ../notebooks/05_loading_weights.ipynb #4f6ea39e
 def model_folder(name_or_folder: str | Path) -> Path:
@@ -301,25 +250,51 @@ def model_folder(name_or_folder: str | Path) -> Path:
         raise FileNotFoundError(f"no folder {folder}; give one with config.json, or one of {', '.join(MODEL_NAMES)}")
     return Path(check_model_name(str(folder)))
 
+# %% ../notebooks/05_loading_weights.ipynb #1e00a939
+def config_from_openai(path: Path) -> GPTConfig:
+    """OpenAI's hparams.json -> GPTConfig, with the dropout of the hub's configs (the file has none)."""
+    try:
+        hparams = json.loads(path.read_text("utf-8"))
+        sizes = {name: hparams[name] for name in ("n_ctx", "n_embd", "n_head", "n_layer")}
+        return GPTConfig(hparams["n_vocab"], **sizes, dropout=0.1)
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path} is not GPT-2's hparams.json: {error!r}") from error
+
+
+def _open_folder(folder: Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
+    """The config and the tensors of a folder: config.json and safetensors, or hparams.json and model.ckpt."""
+    if (folder / "hparams.json").is_file() and not (folder / "config.json").is_file():
+        return config_from_openai(folder / "hparams.json"), from_openai_names(read_bundle(folder / "model.ckpt"))
+    return read_config(folder / "config.json"), safetensors_entries(folder)
+
+# %% ../notebooks/05_loading_weights.ipynb #abacf84d
+def _load_all(
+    entries: Mapping[str, StoredTensor], device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The parameters behind `entries`, every value looked at; the four matrices are transposed views."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        tensors = pool.map(lambda t: t.load(device, dtype), entries.values())
+        return {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in zip(entries, tensors, strict=True)}
+
 # %% ../notebooks/05_loading_weights.ipynb #ee82a1ed
 def load_pretrained(
     name_or_folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> GPTLanguageModel:
-    """A model in eval mode from its name or from a folder in the Hugging Face GPT-2 layout.
+    """A model in eval mode from its name, or from a folder in Hugging Face's or in OpenAI's layout of GPT-2.
 
-    The model is built without memory (meta device) and each tensor is checked and then assigned, so the peak is one
-    model. `device` None is the CPU, `dtype` None the file's own. Dropout is the config's (0.1 in OpenAI's) and acts
+    On the CPU and in the file's own dtype the parameters are a private mapping of the file (replace such a file, never
+    edit it in place; on Windows they are a copy); else each is converted piece by piece. The peak is one model.
+    `device` None is the CPU, `dtype` None the file's own. Dropout is the config's (0.1 in OpenAI's) and acts
     only after `model.train()`. Raises ValueError for an unknown name, FileNotFoundError, FetchError, WeightsError.
     """
     folder = model_folder(name_or_folder)
-    config = read_config(folder / "config.json")
-    tensors = read_safetensors(folder / "model.safetensors")
+    config, entries = _open_folder(folder)
     try:
-        state = from_hf_state(tensors, config, device=device, dtype=dtype)
+        state = _load_all(_fitting(entries, config, any_dtype=dtype is not None), device, dtype)
     except WeightsError as error:
-        raise WeightsError(f"{folder / 'model.safetensors'}: {error}") from None
-    with torch.device("meta"):
-        model = GPTLanguageModel(config)
+        file = next(iter(entries.values())).path
+        raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    model = _skeleton(config)
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]}, strict=True, assign=True)
     model.lm_head.weight = model.wte.weight  # assignment made two parameters of them: tie them again
     return model.eval()
@@ -352,19 +327,18 @@ def save_pretrained(model: GPTLanguageModel, folder: str | Path, enc: tiktoken.E
     """
     state, config = _plain_state(model), model.config
     tensors = {name: t.cpu() for name, t in to_hf_state(state).items()}
-    _checked(tensors | {"lm_head.weight": state["lm_head.weight"].cpu()}, config)  # as strict as loading
+    head = {"lm_head.weight": state["lm_head.weight"].cpu()}
+    for name, t in _fitting(tensors | head, config).items():  # as strict as loading
+        check_finite(name, t)
     text = json.dumps(config_to_hf(config), indent=2) + "\n"
-    writers: dict[str, Callable[[Path], None]] = {"config.json": lambda p: p.write_text(text, "utf-8")}
+    writers: dict[str, Callable[[Path], None]] = {
+        "config.json": lambda path: path.write_text(text, "utf-8"),
+        "model.safetensors": lambda path: write_safetensors(tensors, path),
+    }
     if enc is not None:
         if enc.n_vocab > config.vocab_size:
             raise WeightsError(f"the tokenizer has {enc.n_vocab} tokens, the model vocab_size={config.vocab_size}")
-        writers["tokenizer.tiktoken"] = lambda p: save_ranks(enc._mergeable_ranks, p)
-
-    def write_tensors(path: Path) -> None:
-        save_file(tensors, path, metadata={"format": "pt"})
-        shutil.copymode(path.with_name("config.json"), path)  # safetensors makes files that only the owner can read
-
-    writers["model.safetensors"] = write_tensors
+        writers["tokenizer.tiktoken"] = lambda path: save_ranks(enc._mergeable_ranks, path)
     _write_all(Path(folder), writers)
     return Path(folder)
 

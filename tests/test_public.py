@@ -16,8 +16,8 @@ NAMES = [
     "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",
     "load_adapter", "finetune", "build_prompt", "build_app",
 ]  # fmt: skip
-ORDER = ["runtime", "tokenizer", "attention", "model", "loss", "training", "weights", "sampling", "cache", "generation"]
-ORDER += ["lora", "adapters", "sft", "chat", "cli", "__init__"]
+ORDER = ["runtime", "tokenizer", "attention", "model", "loss", "training", "tensor_files", "tf_checkpoint", "hub"]
+ORDER += ["weights", "sampling", "cache", "generation", "lora", "adapters", "sft", "chat", "cli", "__init__"]
 MODULES = sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem != "_modidx")
 NEEDED = {"torch", "numpy", "tiktoken", "safetensors", "regex"}  # pyproject.toml's, and what tiktoken itself needs
 LATER = ("gradio", "matplotlib", "ipywidgets", "IPython", "tqdm", "huggingface_hub", "transformers", "peft")

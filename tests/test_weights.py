@@ -184,14 +184,20 @@ def test_loaded_model_is_tied_real_trainable_and_in_eval_mode(folder):
     assert model.wte.weight.grad.abs().sum() > 0
 
 
-def test_overwriting_the_file_leaves_the_loaded_model_alone(folder):
-    model = load_pretrained(folder)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    size = (folder / "model.safetensors").stat().st_size
-    with (folder / "model.safetensors").open("r+b") as f:
-        f.seek(size // 2)
-        f.write(bytes(size - size // 2))
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+def test_file_and_model_do_not_touch_each_other(folder):
+    """The parameters may be a mapping of the file: training must not write to it, nor a new file change the model."""
+    content = (folder / "model.safetensors").read_bytes()
+    model, other = load_pretrained(folder), load_pretrained(folder)
+    want = {name: t.clone() for name, t in other.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2).add_(1)
+    assert (folder / "model.safetensors").read_bytes() == content
+    assert all(torch.equal(t, want[name]) for name, t in other.state_dict().items())
+    assert all(torch.equal(t, want[name]) for name, t in load_pretrained(folder).state_dict().items())
+    save_pretrained(model, folder)  # replaces the file that both are mapped from
+    assert all(torch.equal(t, want[name]) for name, t in other.state_dict().items())
+    assert torch.equal(load_pretrained(folder).wpe.weight, model.wpe.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -382,19 +388,19 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("step", ["save_file", "replace"])
+@pytest.mark.parametrize("step", ["write", "replace"])
 def test_a_crash_while_saving_leaves_the_old_model(folder, monkeypatch, step):
     before = files_in(folder)
 
-    def half(tensors, path, metadata=None) -> None:
+    def half(tensors, path) -> None:
         Path(path).write_bytes(b"half a file")
         raise OSError("disk full")
 
     def no(*args) -> None:
         raise OSError("killed")
 
-    if step == "save_file":
-        monkeypatch.setattr(weights, "save_file", half)
+    if step == "write":
+        monkeypatch.setattr(weights, "write_safetensors", half)
     else:
         monkeypatch.setattr(os, "replace", no)
     with pytest.raises(OSError, match="disk full|killed"):
@@ -405,7 +411,7 @@ def test_a_crash_while_saving_leaves_the_old_model(folder, monkeypatch, step):
 
 
 def test_a_crash_while_saving_into_a_new_folder_leaves_no_model(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(weights, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(weights, "write_safetensors", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(random_model(), tmp_path / "new")
     assert files_in(tmp_path) == {}
