@@ -313,7 +313,7 @@ def _write_all(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> N
 def _plain_state(model: GPTLanguageModel) -> dict[str, Tensor]:
     """The model's state dict without LoRA's factors. Raises WeightsError for LoRA that is not merged."""
     for name, module in model.named_modules():
-        if getattr(module, "lora_A", None) is not None and not getattr(module, "merged", False):
+        if getattr(module, "merged", True) is False:  # a layer with LoRA beside its weight
             raise WeightsError(f"{name} carries LoRA that is not merged: call merge_lora(model), or use save_adapter")
     return {name: t for name, t in model.state_dict().items() if "lora_" not in name}
 
