@@ -128,10 +128,31 @@ def crc32c(data: bytes | np.ndarray, crc: int = 0) -> int:
         state = _REMAINDERS[(state ^ byte) & 255] ^ state >> 8
     return state ^ 0xFFFFFFFF
 
-# %% ../notebooks/05_loading_weights.ipynb #b22fe6dd
+# %% ../notebooks/05_loading_weights.ipynb #3ee07feb
 _PIECE = 2**20  # numbers read at a time
 
 
+def _read(path: Path, offset: int, n: int, dtype: torch.dtype) -> Tensor:
+    """A copy of the n numbers that start at byte `offset`. Raises WeightsError where the file ends before."""
+    out = torch.empty(n, dtype=dtype)
+    raw = memoryview(out.view(torch.uint8).numpy())
+    with path.open("rb", buffering=0) as f:
+        f.seek(offset)
+        while len(raw) and (got := f.readinto(raw)):
+            raw = raw[got:]
+    if len(raw):
+        raise WeightsError(f"{path} was cut off while it was read")
+    return out
+
+
+def _map(path: Path, offset: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The n numbers that start at byte `offset`, as a private mapping: only what is changed takes memory."""
+    skip = offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as f:
+        pages = mmap.mmap(f.fileno(), n * dtype.itemsize + skip, access=mmap.ACCESS_COPY, offset=offset - skip)
+    return torch.frombuffer(pages, dtype=dtype, count=n, offset=skip)
+
+# %% ../notebooks/05_loading_weights.ipynb #b22fe6dd
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file: its first byte at `offset`, little-endian numbers, `crc` its CRC-32C (None: not stored)."""
@@ -148,42 +169,21 @@ class StoredTensor:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """A copy of the numbers start to stop, in one dimension. Raises WeightsError where the file ends before."""
-        out = torch.empty(stop - start, dtype=self.dtype)
-        raw = memoryview(out.view(torch.uint8).numpy())
-        with self.path.open("rb", buffering=0) as f:
-            f.seek(self.offset + start * self.dtype.itemsize)
-            while len(raw) and (n := f.readinto(raw)):
-                raw = raw[n:]
-        if len(raw):
-            raise WeightsError(f"{self.path} was cut off while {self.name} was read")
-        return out
-
-    def map(self) -> Tensor:
-        """The numbers in one dimension, as a private mapping of the file: memory is used only for what is changed."""
-        size, skip = self.numel * self.dtype.itemsize, self.offset % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as f:
-            pages = mmap.mmap(f.fileno(), size + skip, access=mmap.ACCESS_COPY, offset=self.offset - skip)
-        return torch.frombuffer(pages, dtype=self.dtype, count=self.numel, offset=skip)
-
     def load(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on `device` (None: the CPU) in `dtype` (None: its own), mapped if nothing is to be converted.
 
         Raises WeightsError for a wrong checksum, and for values that are not finite.
         """
-        device, dtype = torch.device(device or "cpu"), dtype or self.dtype
+        device, dtype, crc = torch.device(device or "cpu"), dtype or self.dtype, 0
         stays = device.type == "cpu" and dtype == self.dtype and not self.offset % dtype.itemsize and os.name != "nt"
-        out = self.map() if stays else torch.empty(self.numel, dtype=dtype, device=device)
-        crc = 0
-        for start in range(0, self.numel, _PIECE):
-            stop = min(start + _PIECE, self.numel)
-            piece = out[start:stop] if stays else self.read(start, stop)
+        place = (self.path, self.offset, self.numel, self.dtype)
+        out = _map(*place) if stays else torch.empty(self.numel, dtype=dtype, device=device)
+        for i, piece in enumerate(out.split(_PIECE) if stays else pieces(self)):
             check_finite(self.name, piece)
             if self.crc is not None:
                 crc = crc32c(piece.view(torch.uint8).numpy(), crc)
             if not stays:
-                out[start:stop] = piece
+                out[i * _PIECE : i * _PIECE + len(piece)] = piece
         if self.crc not in (None, crc):
             raise WeightsError(f"{self.path}: the bytes of {self.name} have changed: their CRC-32C is {crc:08x}, and "
                                f"{self.crc:08x} was stored with them. Get the file again")
@@ -191,11 +191,12 @@ class StoredTensor:
 
 
 def pieces(t: Tensor | StoredTensor) -> Iterator[Tensor]:
-    """The numbers of a tensor, a stored one a few megabytes at a time."""
+    """The numbers of a tensor, a stored one a few megabytes at a time, in one dimension."""
     if isinstance(t, Tensor):
         yield t
-    else:
-        yield from (t.read(i, min(i + _PIECE, t.numel)) for i in range(0, t.numel, _PIECE))
+        return
+    for start in range(0, t.numel, _PIECE):
+        yield _read(t.path, t.offset + start * t.dtype.itemsize, min(_PIECE, t.numel - start), t.dtype)
 
 # %% ../notebooks/05_loading_weights.ipynb #d8cc5229
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
