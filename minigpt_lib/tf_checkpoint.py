@@ -75,8 +75,11 @@ def read_table(path: Path) -> dict[bytes, bytes]:
     if raw[-8:] != struct.pack("<Q", 0xDB4775248B80FB57) or len(raw) < 48:
         raise WeightsError(f"{path} is not the index of a TensorFlow checkpoint: {what_file(path)}")
     try:
-        footer = len(raw) - 48
-        contents = _handle(raw, _handle(raw, footer)[2])  # the first handle is that of the block of metadata
+        metadata = _handle(raw, len(raw) - 48)  # of a block that TensorFlow leaves empty
+        contents = _handle(raw, metadata[2])
+        _block(raw, *metadata[:2])
+        if any(raw[contents[2] : -8]):
+            raise WeightsError("its footer has changed")
         table: dict[bytes, bytes] = {}
         for _, value in _entries(_block(raw, *contents[:2])):
             table |= _entries(_block(raw, *_handle(value, 0)[:2]))

@@ -183,16 +183,11 @@ def test_the_model_from_tensorflows_checkpoint_has_every_number_in_its_place(mad
 def test_flipping_any_one_byte_of_the_index_is_noticed(made, rng):
     path = made / "model.ckpt.index"
     content = path.read_bytes()
-    want = read_bundle(made / "model.ckpt")
-    padding = 0
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1 :])
-        try:
-            assert read_bundle(made / "model.ckpt") == want
-            padding += 1
-        except WeightsError as error:
-            assert str(path) in str(error)
-    assert padding < 50  # the footer's empty bytes, and the handle and the block of metadata that is not there
+        with pytest.raises(WeightsError) as caught:
+            read_bundle(made / "model.ckpt")
+        assert str(path) in str(caught.value)
 
 
 def test_flipping_any_byte_of_the_numbers_names_the_tensor(made, rng):
