@@ -48,7 +48,8 @@ _PUBLIC = {
     "sft": ("finetune", "build_prompt"),
     "chat": ("build_app",),
 }
-_MODULES = ("runtime", "loss", "training", "tensor_files", "tf_checkpoint", "hub", "sampling", "cli", *_PUBLIC)
+_MODULES = ("runtime", "loss", "training", "tensor_files", "tf_checkpoint", "hub", "verify", "sampling", "cli",
+            *_PUBLIC)
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _all_ = ["CausalSelfAttention", "GPTConfig", "GPTLanguageModel", "load_tokenizer", "load_pretrained", "save_pretrained",
          "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",

@@ -20,7 +20,7 @@ from minigpt_lib.sft import reply
 from minigpt_lib.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["chat", "generate", "pretrain", "finetune", "export"]
+COMMANDS = ["chat", "generate", "pretrain", "finetune", "export", "verify"]
 
 
 @pytest.fixture
