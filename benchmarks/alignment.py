@@ -32,24 +32,17 @@ from pathlib import Path
 import torch
 from common import machine
 
+from minigpt_lib.batching import LengthBatches, encode_records
+from minigpt_lib.evaluation import complete, decode_reply, format_rate, recall
 from minigpt_lib.lora import count_trainable, lora_disabled
+from minigpt_lib.loss import evaluate_loss
 from minigpt_lib.model import GPTConfig
+from minigpt_lib.records import load_records
 from minigpt_lib.runtime import data_dir
-from minigpt_lib.sft import (
-    LengthBatches,
-    Recipe,
-    complete,
-    decode_reply,
-    encode_prompt,
-    encode_records,
-    finetune,
-    format_rate,
-    load_records,
-    recall,
-    recipe_for,
-)
+from minigpt_lib.sft import Recipe, finetune, recipe_for
+from minigpt_lib.template import encode_prompt
 from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.training import evaluate_loss, write_atomically
+from minigpt_lib.training import write_atomically
 from minigpt_lib.weights import load_pretrained
 
 ALL_LINEAR = ("c_attn", "c_proj", "c_fc")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from minigpt_lib.lora import unmerge_lora as unmerge_lora
     from minigpt_lib.model import GPTConfig as GPTConfig
     from minigpt_lib.model import GPTLanguageModel as GPTLanguageModel
-    from minigpt_lib.sft import build_prompt as build_prompt
     from minigpt_lib.sft import finetune as finetune
+    from minigpt_lib.template import build_prompt as build_prompt
     from minigpt_lib.tokenizer import load_tokenizer as load_tokenizer
     from minigpt_lib.weights import load_pretrained as load_pretrained
     from minigpt_lib.weights import save_pretrained as save_pretrained
@@ -45,11 +45,12 @@ _PUBLIC = {
     "generation": ("generate", "stream"),
     "lora": ("add_lora", "merge_lora", "unmerge_lora", "lora_disabled"),
     "adapters": ("save_adapter", "load_adapter"),
-    "sft": ("finetune", "build_prompt"),
+    "template": ("build_prompt",),
+    "sft": ("finetune",),
     "chat": ("build_app",),
 }
-_MODULES = ("runtime", "loss", "training", "tensor_files", "tf_checkpoint", "hub", "verify", "sampling", "cli",
-            *_PUBLIC)
+_MODULES = ("runtime", "loss", "training", "tensor_files", "tf_checkpoint", "hub", "verify",
+            "sampling", "records", "batching", "evaluation", "cli", *_PUBLIC)
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _all_ = ["CausalSelfAttention", "GPTConfig", "GPTLanguageModel", "load_tokenizer", "load_pretrained", "save_pretrained",
          "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",

@@ -27,7 +27,7 @@ from .generation import decode_stream, stream
 from .lora import merge_lora
 from .model import GPTLanguageModel
 from .runtime import ModelChoice, pick_device, pick_dtype
-from .sft import Messages, encode_prompt
+from .template import Messages, encode_prompt
 from .weights import HUB, load_course_model, model_folder
 
 if TYPE_CHECKING:

@@ -141,8 +141,8 @@ def _facts(model: Any, enc: Any) -> dict[str, int]:
     """How many of the facts that the course's corpus states are completed correctly."""
     import json
 
+    from minigpt_lib.evaluation import recall_each
     from minigpt_lib.runtime import data_dir
-    from minigpt_lib.sft import recall_each
 
     facts = json.loads((data_dir() / "facts.json").read_text("utf-8"))
     facts = [fact for fact in facts if fact["group"] in ("tuned", "pretrained")]
@@ -207,28 +207,53 @@ def run_finetune(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from minigpt_lib.adapters import save_adapter
-    from minigpt_lib.runtime import data_dir, pick_device
-    from minigpt_lib.sft import finetune, load_records
+    from minigpt_lib.runtime import pick_device
+    from minigpt_lib.sft import finetune
     from minigpt_lib.tokenizer import load_tokenizer
     from minigpt_lib.weights import HUB, load_pretrained
 
     out = _out_folder(args.out or f"runs/{Path(args.model).name}-{'full' if args.full else 'adapter'}", args.resume)
-    data = Path(args.data or data_dir() / "instructions" / "train.json")
-    records, val = load_records(data), _beside(data, "val.json", args.val)
-    model, enc = load_pretrained(args.model, device=pick_device(args.device)), load_tokenizer(args.model)
+    records, val_records = _instructions(args)
+    load = _untrained if args.untrained else load_pretrained
+    model, enc = load(args.model, device=pick_device(args.device)), load_tokenizer(args.model)
     recipe, cfg = _tuning(args, model.config, len(records))
     if not args.full:
         recipe.add_lora(model)
     begin = time.monotonic()
-    val_records = load_records(val) if val else None
-    history = finetune(model, enc, records, val_records=val_records, cfg=cfg, max_len=recipe.max_len, folder=out,
-                       resume=args.resume)
+    history = finetune(model, enc, records, val_records=val_records, cfg=cfg, recipe=recipe, packed=args.pack,
+                       folder=out, resume=args.resume)
     if not args.full:  # once more, with the name under which PEFT finds the base
         save_adapter(model, out, HUB[args.model][0] if args.model in HUB else args.model)
     results = {"heldout_loss": history[-1].get("val_loss"), "records": len(records), "recipe": asdict(recipe)}
     _record(out, args, model, cfg, history, (time.monotonic() - begin) / 60, **results)
     use = f"--model {out}" if args.full else f"--model {args.model} --adapter {out}"
     print(f"loss {history[-1]['loss']:.3f} on the last batch; talk to it with: minigpt chat {use}")
+
+
+def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
+    """The records to learn and those to measure the loss on, as --data, --val, --clean and --limit say."""
+    from minigpt_lib.records import clean_records, fetch_alpaca, load_records, read_records, split_records
+    from minigpt_lib.runtime import data_dir
+
+    alpaca = args.data == "alpaca"
+    data = fetch_alpaca("runs/alpaca") if alpaca else Path(args.data or data_dir() / "instructions" / "train.json")
+    if not alpaca and not args.clean:
+        records, val = load_records(data), _beside(data, "val.json", args.val)
+        return records[: args.limit], load_records(val) if val else None
+    kept, dropped = clean_records(read_records(data))
+    for number, reason in dropped[:10]:
+        print(f"dropped record {number}: {reason}", file=sys.stderr)
+    print(f"kept {len(kept)} records, dropped {len(dropped)}", file=sys.stderr)
+    records, val = split_records(kept)
+    records = records[: args.limit]
+    return records, load_records(args.val) if args.val else val[: max(1, len(records) // 10)]
+
+
+def _untrained(name: str, device: Any) -> Any:
+    """A model of a named shape with random weights: it learns nothing of use, but shows that every part runs."""
+    from minigpt_lib.model import GPTConfig, GPTLanguageModel
+
+    return GPTLanguageModel(GPTConfig.preset(name)).to(device)
 
 # %% ../notebooks/09_chat.ipynb #dc3f959a
 def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, Any]:
@@ -333,10 +358,15 @@ def _generate_options(p: _Parser) -> None:
 
 # %% ../notebooks/09_chat.ipynb #9ae96853
 def _finetune_options(p: _Parser) -> None:
-    p.add_argument("--data", metavar="FILE", help="JSON list: instruction, input, output (default: the course's)")
+    what = ".json or .jsonl of Alpaca's records or chat messages, or alpaca to download it (default: the course's)"
+    p.add_argument("--data", metavar="FILE", help=what)
+    p.add_argument("--clean", action="store_true", help="drop records that cannot be used, saying why; hold out some")
+    p.add_argument("--limit", type=int, metavar="N", help="use the first N records only")
     p.add_argument("--val", metavar="FILE", help="records to measure the loss on (default: val.json beside --data)")
     p.add_argument("--out", metavar="FOLDER", help="where it goes (default: runs/MODEL-adapter)")
     p.add_argument("--full", action="store_true", help="train all weights instead of a LoRA adapter")
+    p.add_argument("--pack", action="store_true", help="put several records into a row")
+    p.add_argument("--untrained", action="store_true", help="random weights in the model's shape, for a trial run")
     for name, text in {"r": "rank", "alpha": "strength", "epochs": "passes", "max-len": "tokens per record"}.items():
         kind = float if name == "alpha" else int
         p.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} (default: by the model's size)")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .model import GPTLanguageModel, check_ids
 
-Batch = tuple[Tensor, Tensor]  # idx (B, T) and targets (B, T), both int64
+# idx (B, T) and targets (B, T), both int64, and where a row holds several texts their numbers (B, T), see padding_mask
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 CHUNK = 2**23  # how many logits are computed at a time: 32 MiB of them in float32
 
 # %% ../notebooks/04_pretraining.ipynb #ef979587
@@ -81,8 +82,10 @@ def count_targets(targets: Tensor) -> int:
     return int((targets != -100).sum())
 
 # %% ../notebooks/04_pretraining.ipynb #1fcf7b13
-def summed_loss(model: GPTLanguageModel, idx: Tensor, targets: Tensor, precision: str = "fp32") -> Tensor:
-    """Cross-entropy summed over the targets that are not -100, in nats: idx, targets (B, T) -> () float32.
+def summed_loss(
+    model: GPTLanguageModel, idx: Tensor, targets: Tensor, numbers: Tensor | None = None, *, precision: str = "fp32"
+) -> Tensor:
+    """Cross-entropy summed over the targets that are not -100, in nats: a Batch's tensors (B, T) -> () float32.
 
     The head runs only at the positions that count, a chunk of them at a time (`chunked_cross_entropy`). precision
     "bf16" computes under autocast. Moves the batch to the model's device. Raises ValueError for ids outside the
@@ -95,8 +98,9 @@ def summed_loss(model: GPTLanguageModel, idx: Tensor, targets: Tensor, precision
         if ids.device.type == "cpu" and ids.numel():
             check_ids(what, ids, V)
     idx, wanted, keep = idx.to(device), wanted.to(device), keep.to(device)
+    numbers = None if numbers is None else numbers.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        hidden = model.hidden_states(idx).flatten(0, 1)  # (B*T, C)
+        hidden = model.hidden_states(idx, attention_mask=numbers).flatten(0, 1)  # (B*T, C)
         if len(keep) < len(hidden):
             hidden = hidden[keep]  # (n, C)
         return chunked_cross_entropy(hidden, model.lm_head.weight, wanted)
@@ -111,9 +115,9 @@ def evaluate_loss(model: GPTLanguageModel, batches: Iterable[Batch], precision: 
     model.eval()
     try:
         with torch.no_grad():
-            for idx, targets in batches:
-                total += float(summed_loss(model, idx, targets, precision))
-                n += count_targets(targets)
+            for batch in batches:
+                total += float(summed_loss(model, *batch, precision=precision))
+                n += count_targets(batch[1])
     finally:
         model.train(was_training)
     if n == 0:

@@ -117,20 +117,20 @@ class Block(nn.Module):
 
 # %% ../notebooks/03_gpt2_model.ipynb #8ab0baa4
 def padding_mask(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Mask and positions for left-padded rows.
+    """Mask and positions for left-padded rows, and for rows that hold several texts.
 
-    attention_mask (B, S): 1 for a real token, 0 for padding, over all S positions so far; the last T of them are new.
-    Returns the boolean mask (B, 1, T, S), True = may look, in which padding sees only itself, and the positions (B, T),
-    counted from each row's first real token. Raises ValueError unless 1 <= T <= S.
+    attention_mask (B, S): 0 for padding, else the number of the text that a token belongs to, over all S positions so
+    far (1 for all real tokens of a row with one text); the last T of them are new. Returns the boolean mask (B, 1, T,
+    S), True = may look, in which a token sees its own text up to itself and padding only itself, and the positions
+    (B, T), counted from the text's first token. Raises ValueError unless 1 <= T <= S.
     """
     S = attention_mask.size(1)
-    real = attention_mask.bool()  # (B, S)
-    causal = causal_mask(T, S, real.device)  # (T, S)
-    place = torch.arange(S, device=real.device)  # (S,)
+    causal = causal_mask(T, S, attention_mask.device)  # (T, S)
+    place = torch.arange(S, device=attention_mask.device)  # (S,)
     itself = place[S - T :, None] == place  # (T, S): without it, rows of padding would be empty and give NaN
-    mask = causal & real[:, None, None, :] | itself  # (B, 1, T, S)
-    positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, S - T :]  # (B, T)
-    return mask, positions
+    new, old = attention_mask[:, S - T :, None], attention_mask[:, None, :]  # (B, T, 1), (B, 1, S)
+    mask = causal & (new == old) & (old != 0) | itself  # (B, T, S)
+    return mask[:, None], mask.sum(-1) - 1
 
 # %% ../notebooks/03_gpt2_model.ipynb #905a66d8
 def check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
@@ -238,8 +238,9 @@ class GPTLanguageModel(Transformer):
     ) -> tuple[Tensor, Tensor | None]:
         """idx (B, T) int64 -> logits (B, T, vocab_size), and the mean cross-entropy (nats) if targets (B, T) are given.
 
-        Targets of -100 do not count; if none counts the loss is 0. attention_mask (B, S): 1 real, 0 (left) padding,
-        over cached and new positions; without a cache S = T. kv_cache holds earlier positions and takes the new ones.
+        Targets of -100 do not count; if none counts the loss is 0. attention_mask (B, S): 0 (left) padding, else the
+        number of the text in the row (1 if there is one), over cached and new positions; without a cache S = T.
+        kv_cache holds earlier positions and takes the new ones.
         Raises ValueError for an empty or too long idx, ids outside the vocabulary and shapes that do not fit.
         """
         logits = self.lm_head(self.hidden_states(idx, kv_cache, attention_mask))  # (B, T, vocab_size)

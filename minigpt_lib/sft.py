@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import random
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,246 +12,25 @@ import tiktoken
 import torch
 
 from .adapters import save_adapter
-from .generation import generate
-from .lora import add_lora, lora_configs, lora_layers
+from .batching import LengthBatches, encode_records, pack, pad
+from .lora import LoRALinear, add_lora, lora_configs, lora_layers
+from .loss import evaluate_loss
 from .model import GPTConfig, GPTLanguageModel
-from minigpt_lib.training import (
-    Batch,
-    History,
-    TrainConfig,
-    evaluate_loss,
-    train,
-    write_atomically,
-)
+from .records import Record, check_records, with_history
+from .training import History, TrainConfig, train, write_atomically
 from .weights import save_pretrained
 
-# one instruction, or a conversation: {"role": "user" or "assistant", "content": text} in turn, the user's last
-Messages = str | Sequence[Mapping[str, str]]
-Record = Mapping[str, object]  # Alpaca's keys: instruction, output and, if need be, input and history
-Example = tuple[list[int], list[int]]  # token ids and labels, equally long; a label of -100 is not learnt
-
 # %% auto #0
-__all__ = ['Messages', 'Record', 'Example', 'RECIPES', 'check_records', 'load_records', 'defuse', 'build_prompt', 'encode_prompt',
-           'encode_reply', 'record_messages', 'encode_record', 'with_history', 'encode_records', 'pad', 'LengthBatches',
-           'real_share', 'Recipe', 'recipe_for', 'finetune', 'decode_reply', 'reply', 'complete', 'in_format',
-           'format_rate', 'states', 'recall_each', 'recall']
-
-# %% ../notebooks/08_instruction_tuning.ipynb #10be67f2
-def _check_record(record: object) -> None:
-    """Raise ValueError unless `record` has an instruction and an output, both text and not empty, and no odd input."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"expected an object with instruction and output, not {type(record).__name__}")
-    for field in ("instruction", "output"):
-        if field not in record:
-            raise ValueError(f"the field {field!r} is missing; it has {', '.join(map(str, record)) or 'none'}")
-        if not isinstance(record[field], str) or not record[field].strip():
-            raise ValueError(f"the field {field!r} must be text that is not empty, not {record[field]!r:.40}")
-    if not isinstance(record.get("input") or "", str):
-        raise ValueError(f"the field 'input' must be text, not {record['input']!r:.40}")
-    for pair in record.get("history") or ():
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
-            raise ValueError(f"the field 'history' must be a list of pairs [question, reply], not {pair!r:.40}")
-
-# %% ../notebooks/08_instruction_tuning.ipynb #7bebb75e
-def check_records(records: Sequence[object], where: str = "") -> None:
-    """Raise ValueError, with the record's number (from 1), unless all records can be used; see `load_records`."""
-    if not isinstance(records, Sequence) or isinstance(records, str) or not records:
-        raise ValueError(f"{where}expected a list of at least one record, not {records!r:.40}")
-    for n, record in enumerate(records, start=1):
-        try:
-            _check_record(record)
-        except ValueError as error:
-            raise ValueError(f"{where}record {n}: {error}") from None
-
-# %% ../notebooks/08_instruction_tuning.ipynb #3e6a538a
-def load_records(path: str | Path) -> list[dict[str, object]]:
-    """Instruction records from a JSON list in Alpaca's schema: instruction, output and, if need be, input, all text.
-
-    `history`, a list of pairs [question, reply], may hold earlier turns; other fields are kept and not used.
-    Raises FileNotFoundError, and ValueError for a file that is not such a list, naming the record's number (from 1).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no instruction file {path}")
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    check_records(records, f"{path}, ")
-    return records
-
-# %% ../notebooks/08_instruction_tuning.ipynb #7e8fbf75
-_ROLE_LINE = re.compile(r"(^|[\n\r\v\f\x85\u2028\u2029])([^\S\n\r]*)(User|Assistant)(?=:)")
-
-
-def defuse(text: str) -> str:
-    """Strip `text` and put a space before the colon of every line that opens like a turn (`User:`, `Assistant:`)."""
-    return _ROLE_LINE.sub(r"\1\2\3 ", text.strip())
-
-# %% ../notebooks/08_instruction_tuning.ipynb #b3d414c7
-def _turns(messages: Messages, input: str = "") -> list[tuple[str, str]]:
-    """The conversation as (role, defused text), user and assistant in turn, the user last. Raises ValueError."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": f"{messages.strip()}\n{input.strip()}" if input.strip() else messages}]
-    elif input:
-        raise ValueError("input goes with a single instruction, not with a list of messages")
-    turns = []
-    for n, message in enumerate(messages, start=1):
-        want = "user" if n % 2 else "assistant"
-        role, content = message.get("role"), message.get("content")
-        if role != want:
-            raise ValueError(f"message {n} has role {role!r}, expected {want!r}: user and assistant take turns")
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, not {type(content).__name__}")
-        if role == "user" and not content.strip():
-            raise ValueError(f"message {n} is empty: there is nothing to answer")
-        turns.append((role, defuse(content)))
-    if len(turns) % 2 == 0:
-        raise ValueError(f"{len(turns)} messages: the last one must be the user's")
-    return turns
-
-# %% ../notebooks/08_instruction_tuning.ipynb #70914871
-def build_prompt(messages: Messages, input: str = "") -> str:
-    """The one chat template: `User: …\\nAssistant: …<|endoftext|>` per answered turn, ending in `\\nAssistant:`.
-
-    `messages` is one instruction (with its `input` on the next line, if any) or a list of turns, the user's last.
-    For showing and for other engines; `encode_prompt` gives the token ids. Raises ValueError for an empty question,
-    roles that do not take turns, and content that is not text.
-    """
-    parts = [f"User: {text}\nAssistant:" if role == "user" else f" {text}<|endoftext|>"
-             for role, text in _turns(messages, input)]
-    return "".join(parts)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #95c187df
-def encode_prompt(enc: tiktoken.Encoding, messages: Messages, input: str = "") -> list[int]:
-    """Token ids of `build_prompt`. Nothing written by a user or in a reply ever becomes a special token."""
-    ids: list[int] = []
-    for role, text in _turns(messages, input):
-        ids += enc.encode_ordinary(f"User: {text}\nAssistant:") if role == "user" else encode_reply(enc, text)
-    return ids
-
-# %% ../notebooks/08_instruction_tuning.ipynb #46384040
-def encode_reply(enc: tiktoken.Encoding, text: str) -> list[int]:
-    """What follows the prompt: a space, the reply, the end token."""
-    return [*enc.encode_ordinary(" " + defuse(text)), enc.eot_token]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #31ae3a58
-def record_messages(record: Record) -> list[dict[str, str]]:
-    """A record as a conversation: its history, if it has any, then instruction and input as the user's last turn."""
-    messages = []
-    for question, answer in record.get("history") or ():
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    parts = (record["instruction"], record.get("input") or "")
-    return [*messages, {"role": "user", "content": "\n".join(p.strip() for p in parts if p.strip())}]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #abb555cc
-def encode_record(enc: tiktoken.Encoding, record: Record, max_len: int, *, mask_prompt: bool = True) -> Example:
-    """(ids, labels) of one record, at most max_len each. Labels are the ids, or -100 at positions not to be learnt.
-
-    Learnt are the reply and its end token, and the prompt too if `mask_prompt` is False. What is too long first
-    loses its history, oldest turns first, then the end of its reply, end token included; a prompt that fills max_len
-    alone loses the end of its question, so that one label is left. Raises ValueError for a max_len too small for that.
-    """
-    messages, opening = record_messages(record), enc.encode_ordinary("\nAssistant:")
-    if max_len < len(opening) + 2:
-        raise ValueError(f"max_len={max_len} must be at least {len(opening) + 2}: '\\nAssistant:', a question, a reply")
-    prompt, answer = encode_prompt(enc, messages), encode_reply(enc, record["output"])
-    while len(messages) > 1 and len(prompt) + len(answer) > max_len:
-        messages = messages[2:]
-        prompt = encode_prompt(enc, messages)
-    if len(prompt) >= max_len:
-        prompt = prompt[: max_len - 1 - len(opening)] + opening
-    ids = (prompt + answer)[:max_len]
-    labels = [-100] * len(prompt) + ids[len(prompt) :] if mask_prompt else list(ids)
-    return ids, labels
-
-# %% ../notebooks/08_instruction_tuning.ipynb #c49b942b
-def with_history(records: Sequence[Record], share: float, seed: int = 0) -> list[Record]:
-    """The records, of which about `share` get one or two others put before them as earlier turns of a conversation.
-
-    A chat has many turns, instruction records have one: this shows the model that the last question counts.
-    """
-    rng = random.Random(seed)
-    out: list[Record] = []
-    for record in records:
-        earlier = rng.sample(records, rng.randint(1, 2)) if rng.random() < share and len(records) > 1 else []
-        pairs = [[record_messages(r)[-1]["content"], r["output"]] for r in earlier]
-        out.append({**record, "history": pairs} if pairs and not record.get("history") else record)
-    return out
-
-# %% ../notebooks/08_instruction_tuning.ipynb #a7caa68b
-def encode_records(
-    enc: tiktoken.Encoding, records: Sequence[Record], max_len: int, *, mask_prompt: bool = True
-) -> list[Example]:
-    """`encode_record` for a list, checked first by `check_records`."""
-    check_records(records)
-    return [encode_record(enc, record, max_len, mask_prompt=mask_prompt) for record in records]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #685ab803
-def pad(examples: Sequence[Example]) -> Batch:
-    """One batch, idx and targets (B, T) int64; targets[b, t] is the label of the id that comes after idx[b, t].
-
-    Shorter rows are filled up on the right with id 0 and label -100. That needs no attention mask: no real position
-    looks to its right.
-    """
-    T = max(1, max(len(ids) for ids, _ in examples) - 1)
-    idx = torch.zeros(len(examples), T, dtype=torch.int64)  # (B, T)
-    targets = torch.full((len(examples), T), -100)  # (B, T)
-    for row, (ids, labels) in enumerate(examples):
-        idx[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.tensor(labels[1:])
-    return idx, targets
-
-# %% ../notebooks/08_instruction_tuning.ipynb #4561952f
-class LengthBatches:
-    """Batches of examples of about the same length, so that little is padding: `batch(i)` -> (idx, targets), see `pad`.
-
-    An epoch shuffles the examples, sorts them by length inside chunks of `chunk` batches, and shuffles the batches.
-    Every example comes once an epoch (the last batch of an epoch may be smaller); `batch(i)` depends on i and the seed
-    alone. `chunk=1` gives plain random batches. Raises ValueError for no examples and for sizes below 1.
-    """
-
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int = 0, *, chunk: int = 64):
-        for name, value in (("examples", len(examples)), ("batch_size", batch_size), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        self.examples, self.batch_size, self.seed, self.chunk = examples, batch_size, seed, chunk
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return -(-len(self.examples) // self.batch_size)  # batches in one epoch
-
-    def members(self, i: int) -> list[int]:
-        """The numbers of the examples in batch i >= 0."""
-        epoch, at = divmod(i, len(self))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._plan(epoch))
-        return self._epoch[1][at]
-
-    def batch(self, i: int) -> Batch:
-        return pad([self.examples[n] for n in self.members(i)])
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order, size, batches = torch.randperm(len(self.examples), generator=rng).tolist(), self.batch_size, []
-        for start in range(0, len(order), self.chunk * size):
-            part = sorted(order[start : start + self.chunk * size], key=lambda n: len(self.examples[n][0]))
-            batches += [part[j : j + size] for j in range(0, len(part), size)]
-        return [batches[j] for j in torch.randperm(len(batches), generator=rng)]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #a2b2c13b
-def real_share(batches: LengthBatches) -> float:
-    """The share of the first epoch's positions that hold a token and not padding."""
-    lengths = [[len(batches.examples[n][0]) - 1 for n in batches.members(i)] for i in range(len(batches))]
-    return sum(map(sum, lengths)) / sum(max(row) * len(row) for row in lengths)
+__all__ = ['RECIPES', 'Recipe', 'recipe_for', 'finetune']
 
 # %% ../notebooks/08_instruction_tuning.ipynb #758efb87
 @dataclass(frozen=True)
 class Recipe:
     """How to instruction-tune a model of a certain size: the adapter's shape and the training.
 
-    `lr` is LoRA's learning rate, `lr_full` the one for all weights; `max_len` is in tokens; `history` is the share of
-    records that get earlier turns (see `with_history`), `warmup` the share of steps in which the rate rises.
+    `batch_size` is the mean number of records in a batch; `lr` is LoRA's learning rate, `lr_full` the one for all
+    weights; `max_len` is in tokens; `history` is the share of records that get earlier turns (see `with_history`),
+    `warmup` the share of steps in which the rate rises.
     """
 
     r: int
@@ -267,12 +44,13 @@ class Recipe:
     max_len: int
     history: float = 0.0
     warmup: float = 0.05
+    rslora: bool = False
 
     def add_lora(self, model: GPTLanguageModel, seed: int = 0) -> GPTLanguageModel:
         """Give the model this recipe's LoRA layers, drawn with a seed of their own."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return add_lora(model, self.r, self.alpha, self.dropout, self.targets)
+            return add_lora(model, self.r, self.alpha, self.dropout, self.targets, rslora=self.rslora)
 
     def train_config(self, records: int, *, full: bool = False, **changes: float) -> TrainConfig:
         """The training of this recipe for a number of records; `changes` are fields of TrainConfig."""
@@ -304,6 +82,7 @@ def finetune(
     recipe: Recipe | None = None,
     max_len: int | None = None,
     mask_prompt: bool = True,
+    packed: bool = False,
     on_step: Callable[[dict[str, float]], object] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -312,26 +91,35 @@ def finetune(
     """Teach the model to answer, in place: every parameter that requires a gradient (after `add_lora`: A and B).
 
     `recipe` defaults to the one for the model's size, `cfg` to the recipe's training, `max_len` to its tokens a record;
-    `val_records` add val_loss to the history, in nats per reply token. `folder` gets the result and training.json.
-    Raises ValueError for bad records (with the number), a merged adapter, or a tokenizer with more ids than the model.
+    `val_records` add val_loss to the history, in nats per reply token; `packed` puts several records into a row.
+    `folder` gets the result and training.json. Raises ValueError for bad records (with the number), a merged adapter,
+    one on the tied head, or a tokenizer with more ids than the model.
     """
-    layers, recipe = lora_layers(model), recipe or recipe_for(model.config)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the LoRA layers are merged, so they cannot learn: unmerge_lora(model) first")
-    if enc.n_vocab > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {enc.n_vocab} ids, the model's vocab_size is {model.config.vocab_size}")
-    cfg = cfg or recipe.train_config(len(records), full=not layers)
+    _check_model(model, enc)
+    recipe = recipe or recipe_for(model.config)
+    cfg = cfg or recipe.train_config(len(records), full=not lora_layers(model))
     max_len = min(max_len or recipe.max_len, model.config.n_ctx)
     check_records(records)
     examples = encode_records(enc, with_history(records, recipe.history, cfg.seed), max_len, mask_prompt=mask_prompt)
     val = LengthBatches(encode_records(enc, val_records, max_len), 32) if val_records else None
     evaluate = val and (lambda: evaluate_loss(model, map(val.batch, range(len(val))), cfg.precision))
-    batch_at = LengthBatches(examples, cfg.batch_size, cfg.seed).batch
+    layout = {"chunk": 1, "collate": lambda few: pack(few, model.config.n_ctx)} if packed else {"collate": pad}
+    batch_at = LengthBatches(examples, cfg.batch_size, cfg.seed, **layout).batch
     kwargs = {"evaluate": evaluate, "on_step": on_step, "folder": folder, "resume": resume, "progress": progress}
     history = train(model, batch_at, cfg, **kwargs)
     if folder is not None:
         _save_tuned(model, enc, Path(folder), cfg, history, {"records": len(records), "recipe": asdict(recipe)})
     return history
+
+# %% ../notebooks/08_instruction_tuning.ipynb #6352e8e0
+def _check_model(model: GPTLanguageModel, enc: tiktoken.Encoding) -> None:
+    """Raise ValueError for a model that cannot be tuned as it is."""
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise ValueError("the LoRA layers are merged, so they cannot learn: unmerge_lora(model) first")
+    if isinstance(model.lm_head, LoRALinear):
+        raise ValueError("lm_head carries an adapter, which the chunked loss does not see: tune other layers")
+    if enc.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {enc.n_vocab} ids, the model's vocab_size is {model.config.vocab_size}")
 
 # %% ../notebooks/08_instruction_tuning.ipynb #bcf4daea
 def _save_tuned(
@@ -345,122 +133,3 @@ def _save_tuned(
     facts = facts | {"train": asdict(cfg), "loss": history[-1]["loss"], "val_loss": history[-1].get("val_loss")}
     write_atomically(folder / "training.json", lambda t: t.write_text(json.dumps(facts, indent=2) + "\n", "utf-8"))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #0d04469c
-def _room(model: GPTLanguageModel, prompt_len: int, max_new_tokens: int) -> int:
-    """max_new_tokens, or what the learned positions leave of it. Raises ValueError when they leave nothing."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if prompt_len >= model.config.n_ctx:
-        raise ValueError(
-            f"the conversation has {prompt_len} tokens and n_ctx={model.config.n_ctx} leaves no room for a reply: "
-            "shorten it or leave out its first turns"
-        )
-    return min(max_new_tokens, model.config.n_ctx - prompt_len)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #6e4e3f64
-def decode_reply(enc: tiktoken.Encoding, ids: Sequence[int]) -> str:
-    """The text of generated ids up to the first end token, without the space that opens every reply."""
-    ids = list(ids)
-    return enc.decode(ids[: ids.index(enc.eot_token)] if enc.eot_token in ids else ids).strip()
-
-# %% ../notebooks/08_instruction_tuning.ipynb #c804b8db
-def reply(
-    model: GPTLanguageModel,
-    enc: tiktoken.Encoding,
-    messages: Messages,
-    max_new_tokens: int = 128,
-    *,
-    temperature: float = 0.0,
-    **sampling: object,
-) -> str:
-    """The model's answer to a conversation (or one instruction), as text without its end token; greedy by default.
-
-    `sampling` goes to `generate`: top_k, top_p, generator, use_cache. A reply ends at the end token, after
-    max_new_tokens, or at n_ctx. Raises ValueError for a conversation that leaves no room.
-    """
-    prompt = encode_prompt(enc, messages)
-    new = _room(model, len(prompt), max_new_tokens)
-    idx = torch.tensor([prompt])  # (1, T)
-    out = generate(model, idx, new, temperature=temperature, stop_ids=(enc.eot_token,), **sampling)  # (1, T + new)
-    return decode_reply(enc, out[0, len(prompt) :].tolist())
-
-# %% ../notebooks/08_instruction_tuning.ipynb #7e242b5a
-def complete(
-    model: GPTLanguageModel,
-    enc: tiktoken.Encoding,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 96,
-    *,
-    batch_size: int = 64,
-) -> list[list[int]]:
-    """Greedy continuations of many prompts (token ids), in order; each ends with its end token if that was reached.
-
-    Prompts of similar length are padded on the left and decoded together. Errors as in `reply`.
-    """
-    done: dict[int, list[int]] = {}
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        T = len(prompts[part[-1]])
-        idx, mask = torch.zeros(2, len(part), T, dtype=torch.int64)  # (B, T) each
-        for row, n in enumerate(part):
-            idx[row, T - len(prompts[n]) :] = torch.tensor(prompts[n])
-            mask[row, T - len(prompts[n]) :] = 1
-        new = _room(model, T, max_new_tokens)
-        out = generate(model, idx, new, temperature=0, stop_ids=(enc.eot_token,), attention_mask=mask)  # (B, T + new)
-        for n, ids in zip(part, out[:, T:].tolist(), strict=True):
-            done[n] = ids[: ids.index(enc.eot_token) + 1] if enc.eot_token in ids else ids
-    return [done[n] for n in range(len(prompts))]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #f392382f
-def in_format(enc: tiktoken.Encoding, ids: Sequence[int]) -> bool:
-    """Is this a well-formed reply: some text, then the end token, and no turn of somebody else forged in between?"""
-    text = decode_reply(enc, ids)
-    return len(ids) > 0 and ids[-1] == enc.eot_token and bool(text) and not _ROLE_LINE.search(text)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #8fb96525
-def format_rate(
-    model: GPTLanguageModel, enc: tiktoken.Encoding, records: Sequence[Record], max_new_tokens: int = 96
-) -> float:
-    """The share of the records' instructions that are answered `in_format` within max_new_tokens (greedy)."""
-    prompts = [encode_prompt(enc, record_messages(r)) for r in records]
-    replies = complete(model, enc, prompts, max_new_tokens)
-    return sum(in_format(enc, ids) for ids in replies) / len(records)
-
-# %% ../notebooks/08_instruction_tuning.ipynb #c1a4da0b
-def states(text: str, subject: str, answer: str) -> bool:
-    """Does `text` give the answer, as whole words in any case? The subject, named once, does not count as an answer."""
-    rest = re.sub(rf"\b{re.escape(subject)}\b", "", text, count=1, flags=re.IGNORECASE)
-    return re.search(rf"\b{re.escape(answer)}\b", rest, re.IGNORECASE) is not None
-
-# %% ../notebooks/08_instruction_tuning.ipynb #735576d2
-def recall_each(
-    model: GPTLanguageModel, enc: tiktoken.Encoding, facts: Sequence[Mapping[str, str]], *, style: str = "chat"
-) -> list[bool]:
-    """For every fact: does the greedy continuation state its answer?
-
-    style "chat" asks `question` in the chat template and reads the reply's first line; "document" lets the model
-    complete `prompt` at the start of a document and reads its first sentence.
-    """
-    if style not in ("chat", "document"):
-        raise ValueError(f"style={style!r} must be 'chat' or 'document'")
-    if style == "chat":
-        prompts = [encode_prompt(enc, f["question"]) for f in facts]
-    else:
-        prompts = [[enc.eot_token, *enc.encode_ordinary(f["prompt"])] for f in facts]
-    texts = [decode_reply(enc, ids) for ids in complete(model, enc, prompts, 32)]
-    if style == "chat":
-        return [states(t.split("\n")[0], f["subject"], f["answer"]) for t, f in zip(texts, facts, strict=True)]
-    firsts = [re.split(r"[.\n]", t)[0] for t in texts]
-    return [states(f"{f['prompt']} {t}", f["subject"], f["answer"]) for t, f in zip(firsts, facts, strict=True)]
-
-# %% ../notebooks/08_instruction_tuning.ipynb #f97b1c62
-def recall(
-    model: GPTLanguageModel, enc: tiktoken.Encoding, facts: Sequence[Mapping[str, str]], *, style: str = "chat"
-) -> dict[str, float]:
-    """The share of facts recalled, by the facts' `group` (tuned, pretrained, absent); see `recall_each`."""
-    hits: dict[str, list[bool]] = {}
-    for fact, hit in zip(facts, recall_each(model, enc, facts, style=style), strict=True):
-        hits.setdefault(fact["group"], []).append(hit)
-    return {group: sum(found) / len(found) for group, found in hits.items()}

@@ -194,13 +194,13 @@ def train_step(
     Every counted target weighs the same, whichever micro-batch it is in, as if all rows were one batch.
     Raises ValueError if no target counts, FloatingPointError (before any weight moves) for a loss that is not finite.
     """
-    n = sum(count_targets(targets) for _, targets in batches)
+    n = sum(count_targets(batch[1]) for batch in batches)
     if n == 0:
         raise ValueError("every target is -100: there is nothing to learn from")
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.wte.weight.device)
-    for idx, targets in batches:
-        loss = summed_loss(model, idx, targets, cfg.precision) / n
+    for batch in batches:
+        loss = summed_loss(model, *batch, precision=cfg.precision) / n
         loss.backward()
         total += loss.detach()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -356,7 +356,7 @@ def run_step(
         raise FloatingPointError(f"step {step}: {error}; the weights are still those before it: {advice}") from None
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
-    speed = sum(idx.numel() for idx, _ in batches) / (time.perf_counter() - begin)
+    speed = sum(batch[0].numel() for batch in batches) / (time.perf_counter() - begin)
     return {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(speed, 1)}
 
 # %% ../notebooks/04_pretraining.ipynb #6bad8761

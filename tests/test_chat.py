@@ -36,10 +36,11 @@ from minigpt_lib.chat import (
     stream_text,
     twin,
 )
+from minigpt_lib.evaluation import reply
 from minigpt_lib.generation import generate
 from minigpt_lib.lora import add_lora, lora_disabled, lora_parameters, merge_lora
 from minigpt_lib.model import GPTLanguageModel
-from minigpt_lib.sft import encode_prompt, reply
+from minigpt_lib.template import encode_prompt
 from minigpt_lib.weights import load_pretrained
 
 GREEDY = (0, 0, 1, 40, True, "")  # the controls in the page's order

@@ -14,9 +14,9 @@ from scripted import TINY, byte_encoding, tiny_folder
 from minigpt_lib.adapters import load_adapter
 from minigpt_lib.chat import ChatModels
 from minigpt_lib.cli import build_parser, main
+from minigpt_lib.evaluation import reply
 from minigpt_lib.generation import generate
 from minigpt_lib.lora import lora_layers
-from minigpt_lib.sft import reply
 from minigpt_lib.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,8 @@ NAMES = [
     "load_adapter", "finetune", "build_prompt", "build_app",
 ]  # fmt: skip
 ORDER = ["runtime", "tokenizer", "attention", "model", "loss", "training", "tensor_files", "tf_checkpoint", "hub"]
-ORDER += ["weights", "verify", "sampling", "cache", "generation", "lora", "adapters", "sft", "chat", "cli", "__init__"]
+ORDER += ["weights", "verify", "sampling", "cache", "generation", "lora", "adapters", "records"]
+ORDER += ["template", "batching", "sft", "evaluation", "chat", "cli", "__init__"]
 MODULES = sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem != "_modidx")
 NEEDED = {"torch", "numpy", "tiktoken", "safetensors", "regex"}  # pyproject.toml's, and what tiktoken itself needs
 LATER = ("gradio", "matplotlib", "ipywidgets", "IPython", "tqdm", "huggingface_hub", "transformers", "peft")
