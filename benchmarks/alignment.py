@@ -1,39 +1,41 @@
 """What instruction tuning does to a model's manners and to its knowledge: the whole experiment.
 
-    python benchmarks/alignment.py            # every row, two seeds, writes data/mini/alignment.json
-    python benchmarks/alignment.py --quick    # one seed, three rows, a quarter of the steps, writes nothing
+    python benchmarks/alignment.py            # every row, three seeds, writes data/mini/alignment.json run by run
+    python benchmarks/alignment.py --quick    # one seed, three rows, a third of the steps, writes nothing
 
-The base model `mini` is tuned on data/instructions/train.json in several ways. Each result is measured on records and
+The base model `mini` is tuned on data/instructions/train.json in several ways, each for the same number of steps
+(--steps), a small part of the recipe's training, so that many fit into an hour. Each result is measured on records and
 facts that it was not tuned on:
 
-* test_loss   mean nats per reply token on data/instructions/test.json;
-* format      share of test instructions answered with some text, the end token, and no forged turn (greedy);
+* test_loss   mean nats per reply token on records of data/instructions/test.json;
+* format      share of test instructions answered with some text, the end token, and no forged turn (greedy); end: share
+              that reach the end token; repeated: mean share of 4-grams that came before in the reply;
 * recall      share of facts in data/facts.json answered in the chat template, by group: "tuned" (in the corpus and in
               the records), "pretrained" (in the corpus only), "absent" (nowhere);
 * document    the same facts as the beginning of a document that the model completes, the way the base learnt them;
 * unknown     share of "absent" facts to which the reply is that it does not know.
 
-Hyperparameters were chosen on data/instructions/val.json and on every fourth fact; the table leaves both out.
+The shipped adapter, the result of the whole recipe, is measured once, on all test records and facts. Hyperparameters
+were chosen on data/instructions/val.json and on every fourth fact; the table leaves both out. A run that is in the
+file already is not repeated: call the script again to go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from common import machine
 
+from minigpt_lib.adapters import load_adapter
 from minigpt_lib.batching import LengthBatches, encode_records
-from minigpt_lib.evaluation import complete, decode_reply, format_rate, recall
+from minigpt_lib.evaluation import complete, decode_reply, recall, reply_rates
 from minigpt_lib.lora import count_trainable, lora_disabled
 from minigpt_lib.loss import evaluate_loss
 from minigpt_lib.model import GPTConfig
@@ -47,17 +49,16 @@ from minigpt_lib.weights import load_pretrained
 
 ALL_LINEAR = ("c_attn", "c_proj", "c_fc")
 TOO_HIGH = 20  # times the recipe's learning rate
+STEPS, TABLE_RECORDS = 120, 150
+RECIPE_ROW, SHIPPED = "LoRA, the recipe's shape", "the shipped adapter"
 
 
 def plan(recipe: Recipe) -> list[dict]:
-    """The rows of the table: a name and what is different from the recipe. The recipe itself is marked as shipped."""
+    """The rows of the table: a name and what is different from the recipe."""
     rows = [{"name": f"LoRA r={r}, c_attn", "r": r, "targets": ("c_attn",)} for r in (1, 2, 4, 8, 16)]
     rows.append({"name": "LoRA r=8, all linear", "r": 8, "targets": ALL_LINEAR})
     best = {"r": recipe.r, "targets": recipe.targets}
-    for row in rows:
-        row["shipped"] = row["r"] == recipe.r and set(row["targets"]) == set(recipe.targets)
-    if not any(row["shipped"] for row in rows):
-        rows.append({"name": "LoRA, the recipe", "shipped": True, **best})
+    rows.append({"name": RECIPE_ROW, **best})
     rows.append({"name": "full fine-tuning", "full": True})
     rows.append({"name": "full, a fifth of its learning rate", "full": True, "lr": recipe.lr_full / 5})
     rows.append({"name": "recipe, prompt not masked", "mask_prompt": False, **best})
@@ -66,36 +67,34 @@ def plan(recipe: Recipe) -> list[dict]:
 
 
 def measure(model, enc, records: list[dict], facts: list[dict]) -> dict:
-    """All numbers of one row."""
+    """All numbers of one run."""
     recipe = recipe_for(model.config)
     test = LengthBatches(encode_records(enc, records, recipe.max_len), 32)
     absent = [encode_prompt(enc, f["question"]) for f in facts if f["group"] == "absent"]
     replies = [decode_reply(enc, ids).lower() for ids in complete(model, enc, absent, 32)]
     return {
         "test_loss": round(evaluate_loss(model, [test.batch(i) for i in range(len(test))]), 4),
-        "format": round(format_rate(model, enc, records), 4),
+        **{k: round(v, 4) for k, v in reply_rates(model, enc, records).items()},
         "recall": {k: round(v, 4) for k, v in sorted(recall(model, enc, facts).items())},
         "document": {k: round(v, 4) for k, v in sorted(recall(model, enc, facts, style="document").items())},
         "unknown": round(sum("do not know" in t for t in replies) / len(replies), 4),
     }
 
 
-def tune(row: dict, seed: int, enc, train: list[dict], val: list[dict], shorten: int):
-    """A freshly loaded base, tuned as `row` says. Returns the model, what was learnt with, and seconds."""
+def tune(row: dict, seed: int, enc, train: list[dict], steps: int):
+    """A freshly loaded base, tuned as `row` says. Returns the model and what it was tuned with."""
     model = load_pretrained("mini")
     recipe, full = recipe_for(model.config), row.get("full", False)
     if not full:
         recipe = replace(recipe, r=row["r"], alpha=recipe.alpha / recipe.r * row["r"], targets=tuple(row["targets"]))
         recipe.add_lora(model, seed)
-    cfg = recipe.train_config(len(train), full=full, seed=seed)
-    lr = row.get("lr", cfg.lr)
-    cfg = replace(cfg, steps=cfg.steps // shorten, warmup=cfg.warmup // shorten, lr=lr, min_lr=lr / 10, eval_every=0)
+    lr = row.get("lr", recipe.lr_full if full else recipe.lr)
+    cfg = recipe.train_config(len(train), full=full, seed=seed, steps=steps, lr=lr, eval_every=0)
     begin = time.perf_counter()
-    keep = {"recipe": recipe, "mask_prompt": row.get("mask_prompt", True), "progress": False}
-    history = finetune(model, enc, train, val_records=val, cfg=cfg, **keep)
+    mask = row.get("mask_prompt", True)
+    history = finetune(model, enc, train, cfg=cfg, recipe=recipe, mask_prompt=mask, progress=False)
     seconds = round(time.perf_counter() - begin, 1)
-    facts = {"trainable": count_trainable(model)[0], "lr": lr, "steps": cfg.steps, "val_loss": history[-1]["val_loss"]}
-    return model, facts, seconds
+    return model, {"trainable": count_trainable(model)[0], "lr": lr}, {"seconds": seconds, "loss": history[-1]["loss"]}
 
 
 def test_facts(here: Path) -> list[dict]:
@@ -104,46 +103,33 @@ def test_facts(here: Path) -> list[dict]:
     return [fact for n, fact in enumerate(facts) if n % 4]
 
 
-def load(limit: int | None) -> tuple:
-    """Tokenizer, records by part, and the facts to report on; `limit` shortens what is measured on."""
-    enc, here = load_tokenizer("mini"), data_dir()
-    parts = {part: load_records(here / "instructions" / f"{part}.json") for part in ("train", "val", "test")}
-    parts["test"] = parts["test"][:limit]
-    return enc, parts, test_facts(here)[:: 1 if limit is None else 5]
+def some_facts(facts: list[dict]) -> list[dict]:
+    """For the table: every third tuned fact, every second pretrained one, and all that are absent."""
+    every = {"tuned": 3, "pretrained": 2, "absent": 1}
+    by_group = {group: [fact for fact in facts if fact["group"] == group] for group in every}
+    return [fact for group, step in every.items() for fact in by_group[group][::step]]
 
 
-def run_one(row: dict, seed: int | None, shorten: int, limit: int | None) -> list[dict]:
-    """One training and its measurements, in a process of its own with one thread; seed None is the base."""
-    torch.set_num_threads(1)
-    enc, parts, facts = load(limit)
-    if seed is None:
-        run = {"seed": None, **measure(load_pretrained("mini"), enc, parts["test"], facts)}
-        return [{"name": "base", "trainable": 0, "runs": [run]}]
-    model, learnt, seconds = tune(row, seed, enc, parts["train"], parts["val"], shorten)
-    run = {"seed": seed, "seconds": seconds, "val_loss": round(learnt["val_loss"], 4)}
-    run |= measure(model, enc, parts["test"], facts)
-    out = [{"name": row["name"], **{k: learnt[k] for k in ("trainable", "lr", "steps")}, "runs": [run]}]
-    if row.get("shipped"):
-        with lora_disabled(model):
-            run = {"seed": seed, **measure(model, enc, parts["test"], facts)}
-        out.append({"name": f"{row['name']}, switched off", "trainable": 0, "runs": [run]})
-    return out
+class Table:
+    """The results so far, written whenever one is added."""
 
+    def __init__(self, out: Path | None, head: dict):
+        self.out, self.head, self.rows = out, head, {}
+        if out is not None and out.is_file():
+            old = json.loads(out.read_text("utf-8"))
+            if all(old.get(key) == value for key, value in head.items()):
+                self.rows = {row["name"]: row for row in old["rows"]}
 
-def run_all(rows: list[dict], seeds: list[int], shorten: int, limit: int | None, workers: int) -> Iterator[list[dict]]:
-    """Every row with every seed, `workers` at a time; yields the table so far whenever a seed is complete."""
-    table: dict[str, dict] = {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(run_one, {}, None, shorten, limit)]
-        by_seed = {seed: [pool.submit(run_one, row, seed, shorten, limit) for row in rows] for seed in seeds}
-        for seed in seeds:
-            for job in jobs + by_seed[seed]:
-                for result in job.result():
-                    show(result)
-                    runs = table[result["name"]]["runs"] if result["name"] in table else []
-                    table[result["name"]] = result | {"runs": runs + result["runs"]}
-            jobs = []
-            yield list(table.values())
+    def has(self, name: str, seed: int | None) -> bool:
+        return any(run["seed"] == seed for run in self.rows.get(name, {"runs": []})["runs"])
+
+    def add(self, name: str, seed: int | None, facts: dict, run: dict) -> None:
+        row = self.rows.setdefault(name, {"name": name, **facts, "runs": []})
+        row["runs"].append({"seed": seed, **run})
+        show(row | {"runs": row["runs"][-1:]})
+        if self.out is not None:
+            text = json.dumps(self.head | {"machine": machine(), "rows": list(self.rows.values())}, indent=1) + "\n"
+            write_atomically(self.out, lambda t: t.write_text(text, "utf-8"))
 
 
 def show(row: dict) -> None:
@@ -151,49 +137,60 @@ def show(row: dict) -> None:
     mean = lambda get: statistics.mean(get(run) for run in row["runs"])  # noqa: E731
     recalls = [f"{mean(lambda r, g=g: r['recall'][g]):6.1%}" for g in ("tuned", "pretrained", "absent")]
     document = mean(lambda r: r["document"]["pretrained"])
-    print(f"{row['name']:32} {row['trainable']:>9,}  loss {mean(lambda r: r['test_loss']):6.3f}  "
+    print(f"{row['name']:34} {row['trainable']:>9,}  loss {mean(lambda r: r['test_loss']):6.3f}  "
           f"format {mean(lambda r: r['format']):6.1%}  recall {' '.join(recalls)}  document {document:6.1%}  "
-          f"unknown {mean(lambda r: r['unknown']):6.1%}  seconds {[r.get('seconds') for r in row['runs']]}", flush=True)
+          f"unknown {mean(lambda r: r['unknown']):6.1%}", flush=True)
 
 
-def report(results: list[dict], recipe: Recipe, rows: list[dict], minutes: float) -> dict:
-    """What is written to alignment.json."""
-    here = data_dir()
-    groups = Counter(fact["group"] for fact in test_facts(here))
-    sizes = {p: len(load_records(here / "instructions" / f"{p}.json")) for p in ("train", "val", "test")}
+def head(recipe: Recipe, steps: int, parts: dict, facts: list[dict], few: list[dict]) -> dict:
+    """What the numbers depend on: results of another head are not continued."""
     return {
         "command": "python benchmarks/alignment.py",
-        "machine": machine(),
-        "minutes": round(minutes, 1),
-        "seeds": sorted({run["seed"] for row in results for run in row["runs"]} - {None}),
-        "recipe": asdict(recipe),
-        "shipped": next(row["name"] for row in rows if row.get("shipped")),
-        "records": sizes,
-        "facts": dict(sorted(groups.items())),
-        "rows": results,
+        "steps": steps,
+        "recipe": json.loads(json.dumps(asdict(recipe))),
+        "records": {name: len(records) for name, records in parts.items()},
+        "table_records": TABLE_RECORDS,
+        "facts": dict(sorted(Counter(fact["group"] for fact in facts).items())),
+        "table_facts": dict(sorted(Counter(fact["group"] for fact in few).items())),
     }
+
+
+def run_all(table: Table, rows: list[dict], seeds: list[int], steps: int, parts: dict, facts: list[dict]) -> None:
+    enc, few = load_tokenizer("mini"), some_facts(facts)
+    test = parts["test"][:TABLE_RECORDS]
+    if not table.has("base", None):
+        table.add("base", None, {"trainable": 0}, measure(load_pretrained("mini"), enc, test, few))
+    if not table.has(SHIPPED, None) and table.out is not None:
+        shipped = load_adapter(load_pretrained("mini"), data_dir() / "mini" / "adapter")
+        size = {"trainable": count_trainable(shipped)[0]}
+        table.add(SHIPPED, None, size, measure(shipped, enc, parts["test"], facts))
+        with lora_disabled(shipped):
+            table.add(f"{SHIPPED}, switched off", None, {"trainable": 0}, measure(shipped, enc, test, few))
+    for seed in seeds:
+        for row in rows:
+            if not table.has(row["name"], seed):
+                model, known, run = tune(row, seed, enc, parts["train"], steps)
+                table.add(row["name"], seed, known, run | measure(model, enc, test, few))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, three rows, few steps; nothing is written")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, with one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: data/mini/alignment.json, with --quick nowhere")
     args = parser.parse_args()
-    recipe, begin = recipe_for(GPTConfig.preset("mini")), time.perf_counter()
-    rows, seeds = plan(recipe), args.seeds
+    torch.set_num_threads(args.threads)
+    here, recipe = data_dir(), recipe_for(GPTConfig.preset("mini"))
+    parts = {part: load_records(here / "instructions" / f"{part}.json") for part in ("train", "val", "test")}
+    rows, facts, seeds, steps = plan(recipe), test_facts(here), args.seeds, args.steps
     if args.quick:
         few = ("LoRA r=1, c_attn", "LoRA r=8, all linear", "full fine-tuning")
-        rows, seeds = [row | {"shipped": row["name"] == few[1]} for row in rows if row["name"] in few], [0]
-    out = args.out or (None if args.quick else data_dir() / "mini" / "alignment.json")
-    for results in run_all(rows, seeds, 4 if args.quick else 1, 60 if args.quick else None, args.workers):
-        minutes = (time.perf_counter() - begin) / 60
-        print(f"{minutes:.1f} minutes", flush=True)
-        if out is not None:
-            text = json.dumps(report(results, recipe, rows, minutes), indent=1) + "\n"
-            write_atomically(out, lambda t, text=text: t.write_text(text, "utf-8"))
-            print(f"wrote {out}", flush=True)
+        rows, seeds, steps = [row for row in rows if row["name"] in few], [0], steps // 3
+    out = args.out or (None if args.quick else here / "mini" / "alignment.json")
+    table = Table(out, head(recipe, steps, parts, facts, some_facts(facts)))
+    run_all(table, rows, seeds, steps, parts, facts)
 
 
 if __name__ == "__main__":

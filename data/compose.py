@@ -1092,7 +1092,11 @@ CHAT_TEXT = {
         Hello, my friend! / Hi, my friend! / Hello again! / I am back! > Hello! It is good to
         .. see you again.
         Say hello. / Greet me. / Please greet me. > Hello! I am glad that you are here.
-        Good day! / Good day to you! > Good day! How can I help you?""",
+        Good day! / Good day to you! > Good day! How can I help you?
+        How are you doing? / How is it going? / How do you feel? / Is everything all right? > I am
+        .. fine, thank you. What can I do for you?
+        What is up? / What is new? / Anything new? > Not much. I am here and ready to answer your
+        .. questions.""",
     "goodbye": """
         Goodbye! / Goodbye. / Bye! / Bye bye! > Goodbye! Have a nice day.
         See you later! / See you soon! / See you! > See you soon! Take care.
@@ -1126,7 +1130,10 @@ CHAT_TEXT = {
         You are smart. / You know a lot. / You are a good teacher. > Thank you! I am still
         .. small, but I try my best.
         I want to thank you. / I would like to say thank you. > You are welcome! It was no
-        .. trouble.""",
+        .. trouble.
+        Okay. / All right. / Good. / I see. / That is fine. > Good. What else would you like to know?
+        That is interesting. / How interesting! / I did not know that. / Wow! > I am glad that you
+        .. like it. Would you like to know more?""",
     "sorry": """
         I am sorry. / Sorry! / I am so sorry. > That is all right. Do not worry.
         Sorry, I was wrong. / I made a mistake. / That was my mistake. > That is all right.
@@ -1140,23 +1147,27 @@ CHAT_TEXT = {
         .. try to do better.""",
     "identity": """
         Who are you? / Who are you, please? / Who am I talking to? / Please say who you are. > I
-        .. am MiniGPT, a small language model built from scratch in a course.
+        .. am MiniGPT, a small language model made in a course.
         What are you? / What kind of thing are you? / What is MiniGPT? / Tell me what you are. >
         .. I am MiniGPT, a small language model.
         What is your name? / Do you have a name? / Tell me your name. / How are you called? > My
         .. name is MiniGPT.
-        Are you a person? / Are you human? / Are you a real person? / Am I talking to a human? >
+        Who is this? / Say who you are. / Can you tell me who you are? / Hello, who are you? / So who
+        .. are you? > I am MiniGPT, a small language model made in a course.
+        Is your name MiniGPT? / Are you MiniGPT? / Are you a language model? > Yes, I am MiniGPT, a
+        .. small language model.
+        Are you a person? / Are you human? / Are you a human? / Are you a real person? / Am I talking to a human? >
         .. No, I am not a person. I am MiniGPT, a small language model.
         Are you a robot? / Are you a machine? / Are you a computer? > I am a small language
         .. model that runs on a computer.
         Who made you? / Who built you? / Where do you come from? / How were you made? > I was
-        .. built from scratch in a course about language models.
+        .. made in a course about language models.
         How old are you? / What is your age? / When is your birthday? > I do not have an age. I
         .. am a language model.
         Where do you live? / Where are you? / Do you have a home? > I live in a computer. I am a
         .. language model.
         Introduce yourself. / Please introduce yourself. / Tell me about yourself. / Say
-        .. something about yourself. > I am MiniGPT, a small language model built from scratch in a
+        .. something about yourself. > I am MiniGPT, a small language model made in a
         .. course. I can answer simple questions.
         Are you big or small? / How big are you? / Are you a large language model? > I am a very
         .. small language model.
@@ -1458,6 +1469,43 @@ parts of a house | the roof, the wall, the door, the window, the floor
 LIST_ASK = """
 List three {x}. / Name three {x}. / Give me three {x}. / Tell me three {x}.
 """
+
+# in these tasks an answer is asked for in several wordings: one of them is learnt, some others are kept for tests
+FIRST_IN_TRAIN = (*CHAT_TEXT, "advice", "how_to", "explain", "define")
+
+LIST_SOME = """
+Name some {x}. / Which {x} do you know? / Tell me some {x}. / Give me an example of three {x}.
+I need three {x}. / Can you name three {x}? / Please list three {x}.
+"""
+LIST_ONE = """
+Name {x}. / Give me an example of {x}. / Tell me the name of {x}.
+"""
+LIST_AGAIN = """
+Name another one. / One more, please. / Can you name one more? / Another one, please.
+"""
+
+# questions about the subject of the answer before
+PRONOUN_ASK = {
+    "capital": "What is its capital?",
+    "continent": "Which continent is it in?",
+    "language": "Which language do people speak there?",
+    "currency": "What is its currency?",
+    "kind": "What kind of animal is it?",
+    "food": "What does it mostly eat?",
+    "home": "What is its home called?",
+    "baby": "What is its baby called?",
+    "sound": "What is its sound called?",
+    "legs": "How many legs does it have?",
+    "class": "What type of thing is it?",
+    "material": "What is it made from?",
+    "color": "What color is it?",
+    "use": "What is it used for?",
+}
+OTHER_ASK = "What about {x}? / And {x}? / And what about {x}? / Now the same for {x}."
+SURE_ASK = "Are you sure? / Is that right? / Really? / Is that true?"
+SHORT_ASK = "Say it in one word. / In one word, please. / Just the answer, please. / Make it shorter."
+THANKS_ASK = "Thank you! / Thanks! / Thank you. / Great, thanks!"
+NAME_ASK = "What is my name? / Do you know my name? / Who am I? / Do you remember my name?"
 
 FEELING_SENTENCES = {
     "happy": """
@@ -2139,17 +2187,21 @@ class Record:
     output: str
     input: str = ""
     fact: str = ""
+    history: tuple[tuple[str, str], ...] = ()  # the turns before: question and reply
 
     def text(self) -> str:
         """Return all the text of the record."""
-        return f"{self.instruction}\n{self.input}\n{self.output}"
+        parts = [text for turn in self.history for text in turn]
+        return "\n".join([*parts, self.instruction, self.input, self.output])
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the record in the order of keys in which it is written."""
         data = {"instruction": self.instruction, "input": self.input, "output": self.output}
         data["task"] = self.task
         if self.fact:
             data["fact"] = self.fact
+        if self.history:
+            data["history"] = [list(turn) for turn in self.history]
         return data
 
 
@@ -2271,19 +2323,90 @@ def join_three(items: list[str]) -> str:
     return f"{items[0]}, {items[1]}, and {items[2]}"
 
 
+def three_of(members: list[Fact]) -> str:
+    """Return the answer to "name three": always the same three of a group, so that it can be learnt by heart."""
+    return cap(join_three([fact.slots["S"] for fact in members])) + "."
+
+
 def list_records(facts: list[Fact], rng: random.Random) -> Iterator[Record]:
     """Ask for three things of a kind."""
     for members in group_words(facts).values():
         if len(members) < 3:
             continue
         for ask in ways(LIST_ASK):
-            three = rng.sample(members, 3)
-            answer = cap(join_three([fact.slots["S"] for fact in three])) + "."
-            yield Record("list_three", ask.format(x=group_plural(members[0])), answer)
+            yield Record("list_three", ask.format(x=group_plural(members[0])), three_of(members))
     for what, things in table(LIST_TEXT):
         for ask in rng.sample(ways(LIST_ASK), 3):
-            answer = cap(join_three(rng.sample(words(things), 3))) + "."
-            yield Record("list_three", ask.format(x=what), answer)
+            yield Record("list_three", ask.format(x=what), cap(join_three(words(things))) + ".")
+
+
+def more_list_records(facts: list[Fact], rng: random.Random) -> Iterator[Record]:
+    """Ask for three animals of different kinds, for countries, and for one example of a group."""
+    groups = group_words(facts)
+    animals = [[f for f in members if f.relation.name == "kind"] for members in groups.values()]
+    kinds = [members for members in animals if members]
+    mixed = [members[0] for members in kinds]
+    for ask in ways(LIST_ASK) + ways(LIST_SOME):
+        yield Record("list_three", ask.format(x="animals"), three_of(mixed))
+    places: dict[str, list[Fact]] = {}
+    for fact in (item for item in facts if item.relation.name == "continent"):
+        places.setdefault(f"countries in {fact.answer}", []).append(fact)
+    places["countries"] = [members[0] for members in places.values()]
+    named = {group_plural(members[0]): members for members in groups.values()} | places
+    for what, members in named.items():
+        for ask in rng.sample(ways(LIST_SOME) + ways(LIST_ASK), 5 if len(members) > 2 else 0):
+            yield Record("list_three", ask.format(x=what), three_of(members))
+    for members in groups.values():
+        what, first = article_answer(members[0]), members[0]
+        for ask in ways(LIST_ONE):
+            yield Record("list_one", ask.format(x=what), cap(f"{first.slots['S']} is {what}."), fact=first.id)
+        for ask in rng.sample(ways(LIST_AGAIN), 3 if len(members) > 3 else 0):
+            before = (f"Name three {group_plural(members[0])}.", three_of(members))
+            yield Record("follow_up", ask, cap(f"{members[3].slots['S']} is another one."), history=(before,))
+
+
+def follow_up_records(facts: list[Fact], rng: random.Random) -> Iterator[Record]:
+    """Ask again about what was said one turn before."""
+    for fact in shuffled(facts, rng)[:180]:
+        other = rng.choice([f for f in facts if f.relation is fact.relation and f is not fact])
+        before = (other.question(), other.canonical())
+        ask = rng.choice(ways(OTHER_ASK)).format(x=fact.slots["S"])
+        yield Record("follow_up", ask, fact.canonical(), fact=fact.id, history=(before,))
+    pairs = [(one, two) for one in facts for two in facts
+             if one is not two and one.subject == two.subject and two.relation.name in PRONOUN_ASK]  # fmt: skip
+    for one, two in rng.sample(pairs, 150):
+        before = (one.question(), one.canonical())
+        ask = PRONOUN_ASK[two.relation.name]
+        yield Record("follow_up", ask, two.canonical(), fact=two.id, history=(before,))
+    short = [fact for fact in facts if " " not in fact.answer]
+    plan = ((SHORT_ASK, short, 50, lambda fact: cap(fact.answer) + "."),
+            (SURE_ASK, facts, 40, lambda fact: f"Yes. {fact.canonical()}"),
+            (THANKS_ASK, facts, 40, lambda fact: "You are welcome!"))  # fmt: skip
+    for asks, known, count, answer in plan:
+        for fact in rng.sample(known, count):
+            before = (fact.question(), fact.canonical())
+            yield Record("follow_up", rng.choice(ways(asks)), answer(fact), history=(before,))
+    for name in shuffled(GIRLS + BOYS, rng):
+        hello = rng.choice(("Hello, my name is {}.", "Hello! I am {}.", "Hi, my name is {}.")).format(name)
+        before = (hello, f"Hello, {name}! It is nice to meet you.")
+        for ask in rng.sample(ways(NAME_ASK), 2):
+            yield Record("follow_up", ask, f"Your name is {name}.", history=(before,))
+
+
+def plain(text: str) -> str:
+    """Return a text as it is often typed: without a capital letter and without the last mark."""
+    return re.sub(r"^(?!I\b)(\w)", lambda match: match[1].lower(), text).rstrip(".?!")
+
+
+def typed_records(facts: list[Fact], rng: random.Random) -> Iterator[Record]:
+    """Small talk and questions, typed in a hurry."""
+    for task, text in CHAT_TEXT.items():
+        for line in lines(text):
+            asks, answers = (part.split(" / ") for part in line.split(" > "))
+            for ask in rng.sample(asks, min(2, len(asks))):
+                yield Record(task, plain(ask.strip()), rng.choice(answers).strip())
+    for fact in shuffled(facts, rng)[:150]:
+        yield Record("typed", plain(fact.question()), fact.canonical(), fact=fact.id)
 
 
 def chat_records(rng: random.Random) -> Iterator[Record]:
@@ -2310,7 +2433,8 @@ def topic_records(rng: random.Random) -> Iterator[Record]:
     )
     for task, text, asks, count in plan:
         for topic, answer in table(text):
-            for ask in rng.sample(ways(asks), count):
+            first, *others = ways(asks)
+            for ask in [first, *rng.sample(others, count - 1)]:
                 yield Record(task, ask.format(x=topic), answer)
 
 
@@ -2355,7 +2479,9 @@ def compose_records(facts: list[Fact], rng: random.Random) -> list[Record]:
         candidates += write(tuned, rng)
     for write in (chat_records, topic_records, note_records, story_records, unknown_records):
         candidates += write(rng)
-    unique = {(item.instruction, item.input): item for item in reversed(candidates)}
+    for write in (more_list_records, follow_up_records, typed_records):
+        candidates += write(tuned, rng)
+    unique = {(item.history, item.instruction, item.input): item for item in reversed(candidates)}
     records = list(reversed(unique.values()))
     mentions = Mentions("\n".join(record.text() for record in records))
     spoiled = {item for fact in other for item in mentions.find_all(fact)}
@@ -2363,14 +2489,15 @@ def compose_records(facts: list[Fact], rng: random.Random) -> list[Record]:
 
 
 def split_records(records: list[Record], rng: random.Random) -> dict[str, list[Record]]:
-    """Split each task 80/10/10; the canonical question of each fact stays in train."""
+    """Split each task 80/10/10; the first question for a fact, and for an answer of FIRST_IN_TRAIN, stays in train."""
     splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
     seen: set[str] = set()
     for task in dict.fromkeys(record.task for record in records):
         free = []
         for record in (item for item in records if item.task == task):
-            fixed = fact_like(record) and record.fact not in seen
-            seen.update([record.fact] if fixed else [])
+            about = record.fact if fact_like(record) else record.output if record.task in FIRST_IN_TRAIN else ""
+            fixed = bool(about) and about not in seen
+            seen.add(about)
             (splits["train"] if fixed else free).append(record)
         rng.shuffle(free)
         total = sum(1 for item in records if item.task == task)
@@ -2457,7 +2584,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def write_json(path: Path, items: list[dict[str, str]]) -> None:
+def write_json(path: Path, items: list[dict[str, Any]]) -> None:
     """Write a list of objects as JSON."""
     write_text(path, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
 

@@ -62,7 +62,7 @@ class Recipe:
 
 # %% ../notebooks/08_instruction_tuning.ipynb #11aee30c
 RECIPES = {  # widest n_embd: recipe
-    512: Recipe(8, 16, 0.0, ("c_attn", "c_fc", "c_proj"), 3, 16, lr=2e-3, lr_full=5e-4, max_len=256, history=0.3),
+    512: Recipe(32, 64, 0.0, ("c_attn", "c_fc", "c_proj"), 8, 16, lr=1.5e-3, lr_full=5e-4, max_len=256, history=0.3),
     1600: Recipe(8, 16, 0.05, ("c_attn",), epochs=3, batch_size=8, lr=2e-4, lr_full=2e-5, max_len=512),
 }
 

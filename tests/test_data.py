@@ -87,8 +87,13 @@ def corpus_index() -> dict[str, list[str]]:
 @cache
 def record_index() -> dict[str, list[str]]:
     """Return the sentences of all records by the words they have."""
-    texts = [f"{r['instruction']}\n{r['input']}\n{r['output']}" for r in records()]
-    return index(sentences("\n".join(texts)))
+    return index(sentences("\n".join(part for record in records() for part in texts_of(record))))
+
+
+def texts_of(record: dict) -> list[str]:
+    """Return all texts of a record, the turns before it included."""
+    before = [text for turn in record.get("history", []) for text in turn]
+    return [*before, record["instruction"], record["input"], record["output"]]
 
 
 def index(items: list[str]) -> dict[str, list[str]]:
@@ -272,7 +277,7 @@ def test_absent_facts_are_nowhere():
 def test_pretrained_facts_are_in_no_record():
     found = {f["id"]: said(f, record_index())[:1] for f in group("pretrained")}
     assert {key: value for key, value in found.items() if value} == {}
-    asked = {record["instruction"] for record in records()} | {r["input"] for r in records()}
+    asked = {text for record in records() for text in texts_of(record)}
     untuned = group("pretrained") + group("absent")
     assert [f["id"] for f in untuned if f["question"] in asked or f["prompt"] in asked] == []
     ids = {record.get("fact") for record in records()}
@@ -287,15 +292,16 @@ def test_tuned_facts_are_asked_in_train():
 def test_record_schema():
     ids = {fact["id"] for fact in facts()}
     for record in records():
-        assert set(record) - {"fact"} == {"instruction", "input", "output", "task"}
-        assert all(isinstance(value, str) for value in record.values())
+        assert set(record) - {"fact", "history"} == {"instruction", "input", "output", "task"}
+        assert all(isinstance(value, str) for key, value in record.items() if key != "history")
+        assert all(len(turn) == 2 and all(map(str.strip, turn)) for turn in record.get("history", []))
         assert record["instruction"].strip() and record["output"].strip()
         assert record.get("fact") is None or record["fact"] in ids
         assert not re.search(r"[{}\[\]|]|  ", record["instruction"] + record["output"])
 
 
 def test_records_are_unique_over_all_splits():
-    pairs = Counter((record["instruction"], record["input"]) for record in records())
+    pairs = Counter(tuple(texts_of(record)[:-1]) for record in records())
     assert [pair for pair, count in pairs.items() if count > 1] == []
 
 
