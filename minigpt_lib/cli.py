@@ -126,32 +126,6 @@ def _beside(file: Path, name: str, asked: str | None) -> Path | None:
     found = Path(asked) if asked else file.with_name(name)
     return found if asked or found.is_file() else None
 
-
-def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
-    """The records to learn and those to measure the loss on, as --data, --val, --clean and --limit say."""
-    from minigpt_lib.records import clean_records, fetch_alpaca, load_records, read_records, split_records
-    from minigpt_lib.runtime import data_dir
-
-    alpaca = args.data == "alpaca"
-    data = fetch_alpaca("runs/alpaca") if alpaca else Path(args.data or data_dir() / "instructions" / "train.json")
-    if not alpaca and not args.clean:
-        records, val = load_records(data), _beside(data, "val.json", args.val)
-        return records[: args.limit], load_records(val) if val else None
-    kept, dropped = clean_records(read_records(data))
-    for number, reason in dropped[:10]:
-        print(f"dropped record {number}: {reason}", file=sys.stderr)
-    print(f"kept {len(kept)} records, dropped {len(dropped)}", file=sys.stderr)
-    records, val = split_records(kept)
-    records = records[: args.limit]
-    return records, load_records(args.val) if args.val else val[: max(1, len(records) // 10)]
-
-
-def _untrained(name: str, device: Any) -> Any:
-    """A model of a named shape with random weights: it learns nothing of use, but shows that every part runs."""
-    from minigpt_lib.model import GPTConfig, GPTLanguageModel
-
-    return GPTLanguageModel(GPTConfig.preset(name)).to(device)
-
 # %% ../notebooks/09_chat.ipynb #c0de96e6
 def _shape(model: str) -> tuple[Any, Any]:
     """The config and the tokenizer of a model, without its weights."""
@@ -271,6 +245,32 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
     if args.steps:
         changes["warmup"] = int(recipe.warmup * args.steps)
     return recipe, recipe.train_config(records, full=args.full, **changes)
+
+
+def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
+    """The records to learn and those to measure the loss on, as --data, --val, --clean and --limit say."""
+    from minigpt_lib.records import clean_records, fetch_alpaca, load_records, read_records, split_records
+    from minigpt_lib.runtime import data_dir
+
+    alpaca = args.data == "alpaca"
+    data = fetch_alpaca("runs/alpaca") if alpaca else Path(args.data or data_dir() / "instructions" / "train.json")
+    if not alpaca and not args.clean:
+        records, val = load_records(data), _beside(data, "val.json", args.val)
+        return records[: args.limit], load_records(val) if val else None
+    kept, dropped = clean_records(read_records(data))
+    for number, reason in dropped[:10]:
+        print(f"dropped record {number}: {reason}", file=sys.stderr)
+    print(f"kept {len(kept)} records, dropped {len(dropped)}", file=sys.stderr)
+    records, val = split_records(kept)
+    records = records[: args.limit]
+    return records, load_records(args.val) if args.val else val[: max(1, len(records) // 10)]
+
+
+def _untrained(name: str, device: Any) -> Any:
+    """A model of a named shape with random weights: it learns nothing of use, but shows that every part runs."""
+    from minigpt_lib.model import GPTConfig, GPTLanguageModel
+
+    return GPTLanguageModel(GPTConfig.preset(name)).to(device)
 
 # %% ../notebooks/09_chat.ipynb #76ce324c
 def run_export(args: argparse.Namespace) -> None:
