@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from minigpt_lib.adapters import load_adapter as load_adapter
     from minigpt_lib.adapters import save_adapter as save_adapter
+    from minigpt_lib.app import build_app as build_app
     from minigpt_lib.attention import CausalSelfAttention as CausalSelfAttention
     from minigpt_lib.cache import KVCache as KVCache
-    from minigpt_lib.chat import build_app as build_app
     from minigpt_lib.generation import generate as generate
     from minigpt_lib.generation import stream as stream
     from minigpt_lib.lora import add_lora as add_lora
@@ -30,9 +30,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
 # %% ../notebooks/09_chat.ipynb #4d99b906
 __doc__ = """GPT-2 from scratch in PyTorch: the library that the course's notebooks export.
 
-The names below come from the modules runtime, tokenizer, attention, model, training, weights, generation, lora, sft
-and chat, one for each notebook 00 to 09, and from sampling and cache, which notebook 06 exports too; `minigpt` on the
-command line is the module cli.
+The names below come from modules that the course's notebooks export: 00 runtime, 01 tokenizer, 02 attention, 03 model,
+04 training, 05 weights, 06 generation, 07 lora, 08 sft, 09 chat, and beside each others on the same subject. `minigpt`
+on the command line is the module cli.
 """
 __version__ = "0.1.0"
 
@@ -47,10 +47,11 @@ _PUBLIC = {
     "adapters": ("save_adapter", "load_adapter"),
     "template": ("build_prompt",),
     "sft": ("finetune",),
-    "chat": ("build_app",),
+    "app": ("build_app",),
 }
 _MODULES = ("runtime", "loss", "training", "tensor_files", "tf_checkpoint", "hub", "verify",
             "sampling", "records", "batching", "evaluation", "cli", *_PUBLIC)
+_MODULES += ("chat", "insight", "pages", "layout", "handlers")
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _all_ = ["CausalSelfAttention", "GPTConfig", "GPTLanguageModel", "load_tokenizer", "load_pretrained", "save_pretrained",
          "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",

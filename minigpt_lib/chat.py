@@ -6,99 +6,163 @@
 from __future__ import annotations
 
 import copy
-import html
-import itertools
-import math
-import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tiktoken
 import torch
 import torch.nn as nn
 
 from .adapters import load_adapter
-from .generation import decode_stream, stream
-from .lora import merge_lora
+from .cache import KVCache
+from .generation import Step, decode_stream, steps
+from .lora import lora_layers, merge_lora
 from .model import GPTLanguageModel
 from .runtime import ModelChoice, pick_device, pick_dtype
 from .template import Messages, encode_prompt
 from .weights import HUB, load_course_model, model_folder
 
-if TYPE_CHECKING:
-    import gradio
-
 # %% auto #0
-__all__ = ['LIMITS', 'MAX_CHARS', 'EXAMPLES', 'CSS', 'twin', 'ChatModels', 'Sampling', 'fit_turns', 'Reply', 'stream_reply',
-           'stream_text', 'paced', 'status_line', 'notice', 'shown', 'answer_card', 'ChatHandlers', 'app_theme',
-           'build_app', 'check_port', 'launch']
+__all__ = ['NO_ADAPTER', 'STRENGTH', 'MERGED_BYTES', 'LIMITS', 'twin', 'at_strength', 'LRU', 'ChatModels', 'load_models',
+           'Sampling', 'fit_turns', 'Reply', 'stream_reply', 'stream_text']
 
 # %% ../notebooks/09_chat.ipynb #3c03657e
 def twin(model: GPTLanguageModel) -> GPTLanguageModel:
     """A second model object over the same weights: nothing is copied, and an adapter put on it leaves `model` alone."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared: dict[int, torch.Tensor] = {id(b): b for b in model.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shared)
 
-# %% ../notebooks/09_chat.ipynb #2bb6281f
+# %% ../notebooks/09_chat.ipynb #7f545046
+def at_strength(tuned: GPTLanguageModel, strength: float) -> GPTLanguageModel:
+    """A twin of a model with a merged adapter, its update multiplied: W + strength (alpha / r) B A.
+
+    Only the matrices that the adapter changes are new. Summed in float32 and rounded once.
+    """
+    other = twin(tuned)
+    with torch.no_grad():
+        for layer in lora_layers(other).values():
+            layer.weight.data = (layer.base_weight + strength * layer.delta()).to(layer.weight.dtype)
+    return other
+
+# %% ../notebooks/09_chat.ipynb #0e71afb4
+class LRU:
+    """Things by key, `max_bytes` of them at most: the least recently used goes first. Several threads may share it."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.nbytes = max_bytes, 0
+        self._things: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def take(self, key: Hashable) -> Any:
+        """The thing, which is not here any more then: nobody else gets it meanwhile. None if there is none."""
+        with self._lock:
+            thing, nbytes = self._things.pop(key, (None, 0))
+            self.nbytes -= nbytes
+        return thing
+
+    def put(self, key: Hashable, thing: Any, nbytes: int) -> None:
+        """Keep a thing of so many bytes, as the most recently used."""
+        self.take(key)
+        with self._lock:
+            self._things[key] = (thing, nbytes)
+            self.nbytes += nbytes
+            while self.nbytes > self.max_bytes:
+                self.nbytes -= self._things.popitem(last=False)[1][1]
+
+# %% ../notebooks/09_chat.ipynb #67c7db08
+NO_ADAPTER = "none"
+STRENGTH = (0, 2)  # lowest and highest
+MERGED_BYTES = 2**29  # for the matrices of strengths in between
+
+# %% ../notebooks/09_chat.ipynb #ee93023e
 @dataclass(frozen=True)
 class ChatModels:
-    """A base model, the same model with its adapter merged in, and their tokenizer.
-
-    Without an adapter, `tuned` is `base`. All is only read while chatting, so all users of an app can share it.
-    """
+    """A base model, adapters for it by name, each merged into a twin of it, and their tokenizer."""
 
     name: str
     base: GPTLanguageModel
-    tuned: GPTLanguageModel
+    adapters: Mapping[str, GPTLanguageModel]
     enc: tiktoken.Encoding
-
-    @classmethod
-    def load(
-        cls,
-        model: str | Path | ModelChoice = "mini",
-        adapter: str | Path | None = "auto",
-        device: str | torch.device | None = None,
-    ) -> ChatModels:
-        """Load a model by name or folder. `adapter` is a folder, None, or "auto": the `adapter/` in the model's folder.
-
-        Raises what `load_course_model` and `load_adapter` raise.
-        """
-        choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model), asked=True)
-        where = pick_device(None if device is None else str(device))
-        base, enc = load_course_model(choice, where, dtype=pick_dtype(where))
-        fell_back = choice.name in HUB and enc.name != "gpt2"
-        name = enc.name if fell_back else choice.name
-        if adapter == "auto":
-            beside = None if name in HUB else model_folder(name) / "adapter"
-            adapter = beside if beside is not None and beside.is_dir() else None
-        tuned = base if adapter is None else merge_lora(load_adapter(twin(base), adapter))
-        return cls(name, base, tuned, enc)
+    merged: LRU = field(default_factory=lambda: LRU(MERGED_BYTES), repr=False, compare=False)
 
     @property
     def n_ctx(self) -> int:
         """Positions that the model has, for prompt and reply together."""
         return self.base.config.n_ctx
 
+    @property
+    def tuned(self) -> GPTLanguageModel:
+        """The base with the first adapter, or without one if there is none."""
+        return next(iter(self.adapters.values()), self.base)
+
+    def at(self, adapter: str, strength: float = 1.0) -> GPTLanguageModel:
+        """The model with an adapter (NO_ADAPTER: none) at a strength, 0 for the base and 1 as it was trained.
+
+        Raises ValueError for a name that is not in `adapters`, and for a strength outside STRENGTH.
+        """
+        if adapter not in (NO_ADAPTER, *self.adapters):
+            raise ValueError(f"unknown adapter {adapter!r:.60}: choose {' or '.join([*self.adapters, NO_ADAPTER])}")
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not number or not STRENGTH[0] <= strength <= STRENGTH[1]:
+            raise ValueError(f"strength={strength!r:.60} must be a number from {STRENGTH[0]} to {STRENGTH[1]}")
+        if adapter == NO_ADAPTER or strength == 0:
+            return self.base
+        return self.adapters[adapter] if strength == 1 else self._between(adapter, round(float(strength), 2))
+
+    def _between(self, adapter: str, strength: float) -> GPTLanguageModel:
+        model = self.merged.take((adapter, strength)) or at_strength(self.adapters[adapter], strength)
+        nbytes = sum(layer.weight.nbytes for layer in lora_layers(model).values())
+        self.merged.put((adapter, strength), model, nbytes)
+        return model
+
+# %% ../notebooks/09_chat.ipynb #3e455749
+def load_models(
+    model: str | Path | ModelChoice = "mini",
+    adapter: str | Path | Sequence[str | Path] | None = "auto",
+    device: str | torch.device | None = None,
+) -> ChatModels:
+    """Load a model by name or folder, and adapters for it, which are then known by their folders' names.
+
+    `adapter` is a folder, several, None, or "auto": the `adapter/` in the model's folder. Raises what
+    `load_course_model` and `load_adapter` raise.
+    """
+    choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model), asked=True)
+    where = pick_device(None if device is None else str(device))
+    base, enc = load_course_model(choice, where, dtype=pick_dtype(where))
+    fell_back = choice.name in HUB and enc.name != "gpt2"
+    name = enc.name if fell_back else choice.name
+    if adapter == "auto":
+        beside = None if name in HUB else model_folder(name) / "adapter"
+        adapter = beside if beside is not None and beside.is_dir() else None
+    folders = [] if adapter is None else [adapter] if isinstance(adapter, str | Path) else adapter
+    adapters: dict[str, GPTLanguageModel] = {}
+    for folder in map(Path, folders):
+        label = folder.resolve().name
+        while label in (NO_ADAPTER, *adapters):
+            label += "+"  # two folders of one name
+        adapters[label] = merge_lora(load_adapter(twin(base), folder))
+    return ChatModels(name, base, adapters, enc)
+
 # %% ../notebooks/09_chat.ipynb #7d5db499
 LIMITS = {  # setting: (lowest, highest)
-    "temperature": (0, 2),
-    "top_k": (0, 1000),
-    "top_p": (0.05, 1),
-    "max_new_tokens": (1, 1024),
-    "seed": (0, 2**31 - 1),
+    "temperature": (0, 2), "top_k": (0, 1000), "top_p": (0.05, 1), "min_p": (0, 1),
+    "repetition_penalty": (0.5, 2), "max_new_tokens": (1, 1024), "seed": (0, 2**31 - 1),
 }
 
 # %% ../notebooks/09_chat.ipynb #96a7c162
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy, top_k 0 and top_p 1 are off, seed None is new each time.
-
-    Raises ValueError naming the value and its LIMITS.
+    """How the next token is chosen. Temperature 0 is greedy, seed None is a new one each time; top_k 0, top_p 1,
+    min_p 0 and repetition_penalty 1 are off. Raises ValueError naming the value and its LIMITS.
     """
 
     temperature: float = 0.3
@@ -107,26 +171,33 @@ class Sampling:
     max_new_tokens: int = 128
     use_cache: bool = True
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                raise ValueError(f"{name}={value!r} must be a number from {low} to {high}")
+                raise ValueError(f"{name}={value!r:.60} must be a number from {low} to {high}")
             if name in ("top_k", "max_new_tokens", "seed"):
                 if value != int(value):
                     raise ValueError(f"{name}={value} must be a whole number")
                 object.__setattr__(self, name, int(value))  # sliders send 40.0 for 40
 
+    def filters(self) -> dict[str, Any]:
+        """What `filter_logits` takes, with None for what is off."""
+        return {"temperature": self.temperature, "top_k": self.top_k or None,
+                "top_p": self.top_p if self.top_p < 1 else None, "min_p": self.min_p or None}
+
     def options(self) -> dict[str, Any]:
-        """The keyword arguments that `stream` and `generate` take."""
+        """The keyword arguments that `steps`, `stream` and `generate` take."""
         generator = torch.Generator()
         generator.manual_seed(generator.seed() if self.seed is None else self.seed)
-        kept = {"temperature": self.temperature, "use_cache": self.use_cache, "generator": generator}
-        return kept | {"top_k": self.top_k or None, "top_p": self.top_p if self.top_p < 1 else None}
+        penalty = None if self.repetition_penalty == 1 else self.repetition_penalty
+        return self.filters() | {"repetition_penalty": penalty, "use_cache": self.use_cache, "generator": generator}
 
 # %% ../notebooks/09_chat.ipynb #23d37f7b
 def fit_turns(enc: tiktoken.Encoding, messages: Messages, n_ctx: int, room: int) -> tuple[list[int], int]:
@@ -151,13 +222,20 @@ class Reply:
     """A reply as far as it is written, with what it cost. The seconds are the model's alone, without any waiting."""
 
     text: str
-    tokens: int  # written so far, the stop token included
+    ids: tuple[int, ...]  # written so far, the stop token included
     first_token_s: float  # reading the prompt and writing one token
     seconds: float
     prompt_tokens: int
+    reused: int  # of them, found in the cache
     n_ctx: int
     dropped: int  # turns that no longer fitted
     finish: str  # "" while writing, then "end" (stop token), "length" (max_new_tokens) or "context" (n_ctx)
+    step: Step | None = field(default=None, repr=False, compare=False)  # the latest: what was drawn, and from what
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far, the stop token included."""
+        return len(self.ids)
 
     @property
     def positions(self) -> int:
@@ -171,18 +249,21 @@ class Reply:
 
 # %% ../notebooks/09_chat.ipynb #7c11e95c
 def stream_reply(
-    model: GPTLanguageModel, enc: tiktoken.Encoding, messages: Messages, sampling: Sampling | None = None
+    model: GPTLanguageModel,
+    enc: tiktoken.Encoding,
+    messages: Messages,
+    sampling: Sampling | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Reply]:
     """Answer the last message of a conversation: the reply after each token. Closing the iterator stops the work.
 
-    The request is checked at once: raises ValueError for a message that is empty or does not fit into n_ctx.
+    `cache`, of this model and for n_ctx positions, holds the conversation from turn to turn; it is not used where the
+    settings switch caching off. The request is checked at once: raises ValueError for a message that is empty or does
+    not fit into n_ctx.
     """
     sampling, n_ctx = sampling or Sampling(), model.config.n_ctx
     prompt, dropped = fit_turns(enc, messages, n_ctx, room=min(sampling.max_new_tokens, n_ctx // 4))
-    budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
-    ids = stream(model, torch.tensor([prompt]), budget, stop_ids=(enc.eot_token,), **sampling.options())
-    blank = Reply("", 0, 0.0, 0.0, len(prompt), n_ctx, dropped, "")
-    replies = _write(ids, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
+    replies = _start(model, enc, prompt, sampling, cache, dropped)
     return (replace(reply, text=reply.text.strip()) for reply in replies)
 
 # %% ../notebooks/09_chat.ipynb #ec631388
@@ -193,366 +274,55 @@ def stream_text(
 
     Raises ValueError for a text that is empty or leaves no position of n_ctx free.
     """
-    sampling, n_ctx, prompt = sampling or Sampling(), model.config.n_ctx, enc.encode_ordinary(text)
+    n_ctx, prompt = model.config.n_ctx, enc.encode_ordinary(text)
     if not 0 < len(prompt) < n_ctx:
         raise ValueError(f"the text has {len(prompt)} tokens; 1 to {n_ctx - 1} can be continued within n_ctx={n_ctx}")
-    budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
-    ids = stream(model, torch.tensor([prompt]), budget, stop_ids=(enc.eot_token,), **sampling.options())
-    blank = Reply("", 0, 0.0, 0.0, len(prompt), n_ctx, 0, "")
-    return _write(ids, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
+    return _start(model, enc, prompt, sampling or Sampling())
 
 # %% ../notebooks/09_chat.ipynb #3176c694
-def _write(ids: Iterator[int], enc: tiktoken.Encoding, blank: Reply, cut: str) -> Iterator[Reply]:
-    """`blank` filled in step by step, as the token ids come; `cut` is why it ends without a stop token."""
-    seconds, text, finish = [], "", cut
+def _start(
+    model: GPTLanguageModel,
+    enc: tiktoken.Encoding,
+    prompt: list[int],
+    sampling: Sampling,
+    cache: KVCache | None = None,
+    dropped: int = 0,
+) -> Iterator[Reply]:
+    """The replies to a prompt that fits."""
+    n_ctx, idx = model.config.n_ctx, torch.tensor([prompt])  # (1, T)
+    budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
+    cache = cache if sampling.use_cache else None
+    reused = 0 if cache is None else cache.reuse(idx)
+    made = steps(model, idx, budget, stop_ids=(enc.eot_token,), kv_cache=cache, **sampling.options())
+    blank = Reply("", (), 0.0, 0.0, len(prompt), reused, n_ctx, dropped, "")
+    return _write(made, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
+
+# %% ../notebooks/09_chat.ipynb #e9245286
+def _write(made: Iterator[Step], enc: tiktoken.Encoding, blank: Reply, cut: str) -> Iterator[Reply]:
+    """`blank` filled in step by step; `cut` is why it ends without a stop token."""
+    ids: list[int] = []
+    seconds, text, step, finish = [], "", None, cut
 
     def timed() -> Iterator[int]:
-        nonlocal finish
+        nonlocal step, finish
         while True:
             begin = time.perf_counter()
-            i = next(ids, None)
-            if i is None:
+            new = next(made, None)
+            if new is None:
                 return
+            step = new
+            ids.append(int(step.ids[0]))
             seconds.append(time.perf_counter() - begin)
-            if i == enc.eot_token:
+            if ids[-1] == enc.eot_token:
                 finish = "end"
                 return
-            yield i
+            yield ids[-1]
 
     def reply(**end: str) -> Reply:
-        cost = {"tokens": len(seconds), "first_token_s": seconds[0], "seconds": sum(seconds)}
-        return replace(blank, text=text, **cost, **end)
+        cost = {"ids": tuple(ids), "first_token_s": seconds[0], "seconds": sum(seconds)}
+        return replace(blank, text=text, step=step, **cost, **end)
 
     for piece in decode_stream(enc, timed()):
         text += piece
         yield reply()
     yield reply(finish=finish)
-
-# %% ../notebooks/09_chat.ipynb #de50ca3c
-def paced(replies: Iterator[Reply], every: float = 0.04) -> Iterator[Reply]:
-    """The newest reply at most once in `every` seconds, and always the last one: a page need not draw every token."""
-    shown, held = -math.inf, None
-    for held in replies:
-        if time.monotonic() - shown >= every:
-            yield held
-            shown, held = time.monotonic(), None
-    if held is not None:
-        yield held
-
-# %% ../notebooks/09_chat.ipynb #80f2f92a
-def status_line(reply: Reply, cache: bool = True) -> str:
-    """What a reply cost, as HTML: tokens, rate, time to the first token, positions used, and why it ended."""
-    facts = [f"{reply.tokens} token{'s' * (reply.tokens != 1)}"]
-    if reply.tokens_per_s:
-        facts.append(f"<b>{reply.tokens_per_s:,.0f} tokens/s</b> with the cache {'on' if cache else 'off'}")
-    facts.append(f"first after {reply.first_token_s:.2f} s")
-    facts.append(f"{reply.positions} of {reply.n_ctx} positions used")
-    if reply.dropped:
-        turns = "the oldest turn" if reply.dropped == 1 else f"the {reply.dropped} oldest turns"
-        facts.append(f"left out {turns}, for want of positions")
-    why = {"length": "cut off at the limit of new tokens", "context": "cut off, as the context is full"}
-    facts += [why[reply.finish]] if reply.finish in why else []
-    share = min(100, 100 * reply.positions / reply.n_ctx)
-    meter = f'<span class="meter"><i style="width:{share:.0f}%"></i></span>'
-    return f'<p class="status" role="status">{meter}{" · ".join(facts)}</p>'
-
-# %% ../notebooks/09_chat.ipynb #93e6d472
-def notice(text: str) -> str:
-    """A message to the user, as HTML."""
-    return f'<p class="status notice" role="alert">{html.escape(text)}</p>'
-
-# %% ../notebooks/09_chat.ipynb #76863984
-def shown(messages: Messages) -> list[dict[str, str]]:
-    """A conversation for the page, which draws HTML: with every < and & written out, text stays text."""
-    return [message | {"content": html.escape(message["content"], quote=False)} for message in messages]
-
-# %% ../notebooks/09_chat.ipynb #97494160
-def answer_card(reply: Reply, cache: bool = True) -> str:
-    """A reply with its status line, as HTML."""
-    return f'<div class="answer">{html.escape(reply.text) or "…"}</div>{status_line(reply, cache)}'
-
-# %% ../notebooks/09_chat.ipynb #1f4f5c31
-MAX_CHARS = 20_000  # more is refused before it is tokenized
-
-# %% ../notebooks/09_chat.ipynb #d62cfc49
-class _Handlers:
-    """What all buttons need: the models, a checked message, and which buttons can be used."""
-
-    def __init__(self, models: ChatModels):
-        self.models = models
-
-    def checked(self, message: Any) -> str:
-        """The message, stripped. Raises ValueError when it is empty or longer than MAX_CHARS."""
-        text = message.strip() if isinstance(message, str) else ""
-        if not text:
-            raise ValueError("The message is empty: type a question first.")
-        if len(text) > MAX_CHARS:
-            raise ValueError(f"The message has {len(text):,} characters, {MAX_CHARS:,} is the limit: shorten it.")
-        return text
-
-    def sampling(self, controls: Sequence[Any]) -> Sampling:
-        """The page's controls as settings; the seed is typed, and empty for none. Raises ValueError."""
-        *others, seed = controls
-        typed = seed.strip() if isinstance(seed, str) else seed
-        if isinstance(typed, str):
-            typed = None if not typed else int(typed) if typed.isdecimal() else typed
-        return Sampling(*others, seed=typed)
-
-    def busy(self, on: bool, empty: bool = False) -> list:
-        """Updates for [send, stop, retry, examples]: which of them can be used while a reply is written."""
-        show = _gradio().update
-        return [show(visible=not on), show(visible=on), show(interactive=not on and not empty), show(visible=empty)]
-
-# %% ../notebooks/09_chat.ipynb #581161c1
-class _ChatHandlers(_Handlers):
-    """The buttons of the conversation."""
-
-    def send(self, message: str, history: Messages, *controls: Any) -> Iterator[list]:
-        """Answer a message. Yields [message box, conversation, history, status, *busy] while the reply grows."""
-        try:
-            asked = [*history, {"role": "user", "content": self.checked(message)}]
-            yield from self.answer("", asked, controls)
-        except ValueError as error:
-            yield [message, shown(history), history, notice(f"{error}"), *self.busy(False, empty=not history)]
-
-    def retry(self, history: Messages, *controls: Any) -> Iterator[list]:
-        """Answer the last message once more. Yields what `send` yields."""
-        same = _gradio().skip()
-        try:
-            if not history:
-                raise ValueError("There is nothing to answer again: ask something first.")
-            yield from self.answer(same, history[:-1], controls)
-        except ValueError as error:
-            yield [same, shown(history), history, notice(f"{error}"), *self.busy(False, empty=not history)]
-
-    def answer(self, box: Any, asked: Messages, controls: Sequence[Any]) -> Iterator[list]:
-        """Stream the reply to the last message of `asked`. Yields what `send` yields. Raises ValueError."""
-        sampling, same = self.sampling(controls), _gradio().skip()
-        replies = stream_reply(self.models.tuned, self.models.enc, asked, sampling)
-        yield [box, shown(asked), [*asked, {"role": "assistant", "content": ""}], same, *self.busy(True)]
-        for reply in paced(replies):
-            history = [*asked, {"role": "assistant", "content": reply.text}]
-            busy = self.busy(False) if reply.finish else [same] * 4
-            yield [same, shown(history), history, status_line(reply, sampling.use_cache), *busy]
-
-# %% ../notebooks/09_chat.ipynb #c94c2ebb
-class ChatHandlers(_ChatHandlers):
-    """What the buttons do. No conversation is kept here: it comes in from the browser's session and goes back to it."""
-
-    def compare(self, message: str, *controls: Any) -> Iterator[list]:
-        """The same prompt for base and tuned model, token by token in turn. Yields [status, base, tuned, ask, stop]."""
-        show, same = _gradio().update, _gradio().skip()
-        try:
-            asked, sampling = [{"role": "user", "content": self.checked(message)}], self.sampling(controls)
-            seed = torch.Generator().seed() % 2**31 if sampling.seed is None else sampling.seed
-            runs = [paced(stream_reply(m, self.models.enc, asked, replace(sampling, seed=seed)))
-                    for m in (self.models.base, self.models.tuned)]
-            cards = ['<div class="answer"></div>'] * 2
-            yield ["", *cards, show(visible=False), show(visible=True)]
-            for replies in itertools.zip_longest(*runs):
-                new = [answer_card(r, sampling.use_cache) if r else None for r in replies]
-                cards = [card or old for card, old in zip(new, cards, strict=True)]
-                yield ["", *cards, same, same]
-            yield ["", *cards, show(visible=True), show(visible=False)]
-        except ValueError as error:
-            yield [notice(f"{error}"), same, same, show(visible=True), show(visible=False)]
-
-# %% ../notebooks/09_chat.ipynb #18f8f8fb
-def _gradio() -> Any:
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError('the chat app needs Gradio: pip install "minigpt-lib[course]"') from error
-    return gradio
-
-# %% ../notebooks/09_chat.ipynb #50765d5d
-EXAMPLES = (
-    "Who are you?",
-    "What is the capital of Norway?",
-    "What does a cow eat?",
-    "Tell me a short story about a fox.",
-)
-
-CSS = """
-.gradio-container {--font: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; color-scheme: light}
-.gradio-container .main {max-width: 860px !important; margin: 0 auto !important; padding: 8px 16px 24px !important}
-.gradio-container .html-container {padding: 0 !important}
-.top {display: flex; align-items: baseline; gap: 4px 12px; flex-wrap: wrap; padding: 12px 2px 0}
-.top h1 {font-size: 22px; font-weight: 650; letter-spacing: -.02em; margin: 0}
-.top span, .status {color: #57534e; font-size: 13px; line-height: 20px}
-.status {min-height: 20px; margin: 0 2px !important; font-variant-numeric: tabular-nums}
-.status b {color: #0f766e; font-weight: 600}
-.notice {color: #9a3412; background: #fff7ed; border-radius: 8px; padding: 8px 12px; margin: 0 !important}
-.meter {display: inline-block; width: 56px; height: 6px; border-radius: 3px; background: #e7e5e4; overflow: hidden;
-  margin-right: 8px; vertical-align: 1px}
-.meter i {display: block; height: 100%; background: #0d9488}
-.side {font-weight: 600; font-size: 14px; margin: 0 2px}
-.answer {white-space: pre-wrap; overflow-wrap: anywhere; min-height: 200px; line-height: 1.55; background: white;
-  border: 1px solid #e7e5e4; border-radius: 12px; padding: 14px 16px; margin-bottom: 8px}
-#talk .message {font-size: 15px; line-height: 1.55; overflow-wrap: anywhere}
-#talk .md {white-space: pre-wrap}
-#talk .icon-button-wrapper.top-panel {display: none}
-#examples, #tools {gap: 8px; flex-wrap: wrap}
-#examples button, #tools button {flex: 0 0 auto; width: auto; font-weight: 450; padding: 4px 12px; background: white;
-  border: 1px solid #e7e5e4}
-#send, #stop {max-width: 110px}
-"""
-
-# %% ../notebooks/09_chat.ipynb #3062825a
-def app_theme() -> Any:
-    """A light Gradio theme, also where the system prefers a dark one, with fonts that no server is asked for."""
-    gr = _gradio()
-    fonts = [[gr.themes.utils.fonts.Font(name) for name in names] for names in (
-        ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif"), ("ui-monospace", "Consolas", "monospace"))]
-    theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=fonts[0], font_mono=fonts[1])
-    theme.set(body_background_fill="#fafaf9", block_background_fill="white", block_border_color="#e7e5e4",
-              block_border_width="1px", color_accent_soft="#ccfbf1", button_secondary_background_fill="white",
-              border_color_accent_subdued="#99f6e4")
-    for name in [name for name in vars(theme) if name.endswith("_dark")]:
-        setattr(theme, name, getattr(theme, name.removesuffix("_dark")))
-    return theme
-
-# %% ../notebooks/09_chat.ipynb #292addb4
-def _header(models: ChatModels) -> str:
-    device, n = models.base.wte.weight.device.type, models.base.num_parameters() / 1e6
-    facts = [html.escape(models.name), f"{n:,.1f} M parameters", f"{models.n_ctx} positions", device]
-    facts += ["no adapter"] if models.tuned is models.base else []
-    return f'<div class="top"><h1>MiniGPT</h1><span>{" · ".join(facts)}</span></div>'
-
-# %% ../notebooks/09_chat.ipynb #7f2279ad
-_LINE = {"show_label": False, "container": False, "lines": 1, "max_lines": 6, "scale": 8, "min_width": 120}
-
-# %% ../notebooks/09_chat.ipynb #40262204
-def _chat_tab(gr: Any) -> dict[str, Any]:
-    look = {"render_markdown": False, "buttons": [], "feedback_options": None, "show_label": False}
-    look |= {"height": "max(280px, calc(100dvh - 350px))", "placeholder": "Ask something, or try an example."}
-    talk = gr.Chatbot(elem_id="talk", **look)
-    part = {"history": gr.State([]), "talk": talk, "status": gr.HTML("", elem_id="status")}
-    with gr.Row(elem_id="examples") as part["examples"]:
-        part["chips"] = [gr.Button(text, size="sm", min_width=0) for text in EXAMPLES]
-    with gr.Row(equal_height=True):
-        part["box"] = gr.Textbox(placeholder="Message", elem_id="message", autofocus=True, **_LINE)
-        part["send"] = gr.Button("Send", variant="primary", scale=1, min_width=84, elem_id="send")
-        part["stop"] = gr.Button("Stop", variant="stop", scale=1, min_width=84, visible=False, elem_id="stop")
-    with gr.Row(elem_id="tools"):
-        part["retry"] = gr.Button("Retry", size="sm", min_width=0, interactive=False, elem_id="retry")
-        part["clear"] = gr.Button("Clear", size="sm", min_width=0, elem_id="clear")
-    return part
-
-# %% ../notebooks/09_chat.ipynb #f8c63505
-def _compare_tab(gr: Any, models: ChatModels) -> dict[str, Any]:
-    with gr.Row(equal_height=True):
-        box = gr.Textbox(EXAMPLES[1], placeholder="One prompt for both", elem_id="prompt", **_LINE)
-        part = {"box": box, "ask": gr.Button("Answer", variant="primary", scale=1, min_width=84, elem_id="ask")}
-        part["stop"] = gr.Button("Stop", variant="stop", scale=1, min_width=84, visible=False, elem_id="stop-both")
-    part["status"] = gr.HTML("")
-    tuned = "With the adapter" if models.tuned is not models.base else "No adapter is loaded: the same model again"
-    with gr.Row():
-        for name, label in (("base", "Base model"), ("tuned", tuned)):
-            with gr.Column(min_width=280):
-                gr.HTML(f'<p class="side">{label}</p>')
-                part[name] = gr.HTML('<div class="answer"></div>', elem_id=name)
-    return part
-
-# %% ../notebooks/09_chat.ipynb #0d65de99
-def _controls(gr: Any, n_ctx: int) -> list[Any]:
-    start, most = Sampling(), min(LIMITS["max_new_tokens"][1], n_ctx)
-    with gr.Row():
-        warm = gr.Slider(*LIMITS["temperature"], start.temperature, step=0.05, label="Temperature", info="0 is greedy")
-        top_k = gr.Slider(0, 200, start.top_k, step=1, label="Top-k", info="0 is off")
-        top_p = gr.Slider(*LIMITS["top_p"], start.top_p, step=0.01, label="Top-p", info="1 is off")
-    with gr.Row():
-        new = gr.Slider(1, most, min(start.max_new_tokens, most), step=1, label="New tokens")
-        seed = gr.Textbox("", label="Seed", placeholder="a new one each time", max_lines=1)
-        cache = gr.Checkbox(start.use_cache, label="KV cache", info="off: every token reads all before it again")
-    return [warm, top_k, top_p, new, cache, seed]
-
-# %% ../notebooks/09_chat.ipynb #84a034ae
-_WORK = {"concurrency_limit": 2, "concurrency_id": "model", "trigger_mode": "once", "show_progress": "hidden"}
-
-# %% ../notebooks/09_chat.ipynb #06477501
-def _wire_chat(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[Any]) -> None:
-    history, box = part["history"], part["box"]
-    busy = [part["send"], part["stop"], part["retry"], part["examples"]]
-    page = [box, part["talk"], history, part["status"], *busy]
-    work, quiet = {"outputs": page, **_WORK}, {"queue": False, "show_progress": "hidden"}
-    runs = [gr.on([box.submit, part["send"].click], do.send, [box, history, *controls], api_name="chat", **work)]
-    runs += [part["retry"].click(do.retry, [history, *controls], api_name="retry", **work)]
-    for chip in part["chips"]:
-        runs += [chip.click(do.send, [chip, history, *controls], api_visibility="private", **work)]
-    # first the running generator ends, then the page changes: what it still had to say does not come after
-    stopped = part["stop"].click(None, cancels=runs, api_visibility="private", **quiet)
-    stopped.then(lambda: do.busy(False), None, busy, api_visibility="private", **quiet)
-    cleared = part["clear"].click(None, cancels=runs, api_visibility="private", **quiet)
-    cleared.then(lambda: ["", [], [], "", *do.busy(False, empty=True)], None, page, api_name="clear", **quiet)
-
-# %% ../notebooks/09_chat.ipynb #030d8282
-def _wire_compare(gr: Any, do: ChatHandlers, part: dict[str, Any], controls: list[Any]) -> None:
-    buttons = [part["ask"], part["stop"]]
-    work = {"outputs": [part["status"], part["base"], part["tuned"], *buttons], **_WORK}
-    triggers = [part["box"].submit, part["ask"].click]
-    run = gr.on(triggers, do.compare, [part["box"], *controls], api_name="side_by_side", **work)
-    idle = [gr.update(visible=True), gr.update(visible=False)]
-    part["stop"].click(lambda: idle, None, buttons, cancels=[run], queue=False, api_visibility="private")
-
-# %% ../notebooks/09_chat.ipynb #8fcc81c4
-def build_app(
-    model: str | Path | ChatModels = "mini", adapter: str | Path | None = "auto", device: str | None = None
-) -> gradio.Blocks:
-    """The chat page: a conversation with the tuned model, and one prompt answered by base and tuned model side by side.
-
-    `model` is a name, a folder, or ChatModels already loaded; `adapter` and `device` as in `ChatModels.load`, whose
-    errors it raises. Start it with `launch(app)`. Raises ImportError without Gradio.
-    """
-    gr = _gradio()
-    models = model if isinstance(model, ChatModels) else ChatModels.load(model, adapter, device)
-    do = ChatHandlers(models)
-    with gr.Blocks(title=f"MiniGPT · {models.name}", analytics_enabled=False) as app:
-        gr.HTML(_header(models))
-        with gr.Tab("Chat"):
-            chat = _chat_tab(gr)
-        with gr.Tab("Side by side"):
-            both = _compare_tab(gr, models)
-        with gr.Accordion("Settings", open=False):
-            controls = _controls(gr, models.n_ctx)
-        _wire_chat(gr, do, chat, controls)
-        _wire_compare(gr, do, both, controls)
-    app.queue(max_size=32)
-    off = dict.fromkeys(("share", "run_history", "ssr_mode", "enable_monitoring", "mcp_server"), False)
-    look = {"theme": app_theme(), "css": CSS, "footer_links": []}
-    app.launch = partial(app.launch, server_name="127.0.0.1", quiet=True, inline=False, **off, **look)
-    return app
-
-# %% ../notebooks/09_chat.ipynb #6a00ea00
-def check_port(port: int | None) -> int:
-    """The port if it can be used on 127.0.0.1; for 0 or None, one that is free. Errors as in `launch`."""
-    port = port or 0
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port={port} must be from 0 to 65535 (0 takes a free one)")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise OSError(
-                f"port {port} on 127.0.0.1 cannot be used ({error.strerror}): end what runs there, or choose another "
-                f"one with --port, as in --port {port % 65535 + 1} (--port 0 takes a free one)"
-            ) from error
-        return probe.getsockname()[1]
-
-# %% ../notebooks/09_chat.ipynb #9c9280e9
-def launch(app: gradio.Blocks, port: int | None = 7860, *, block: bool = True, browser: bool = False) -> str:
-    """Serve the app on 127.0.0.1 only and return its address; port 0 or None takes a free one.
-
-    `block` prints the address and waits for Ctrl-C; otherwise `app.close()` ends it. Raises ValueError for a port
-    outside 0..65535, OSError naming the port when it is taken.
-    """
-    port = check_port(port)
-    app.launch(server_port=port, prevent_thread_lock=True, inbrowser=browser)
-    if block:
-        print(f"MiniGPT is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            app.close(verbose=False)
-    return f"http://127.0.0.1:{port}"

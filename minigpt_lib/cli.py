@@ -57,7 +57,7 @@ def _out_folder(out: str, resume: bool) -> Path:
 # %% ../notebooks/09_chat.ipynb #86c1bf63
 def run_chat(args: argparse.Namespace) -> None:
     """Serve the chat page until Ctrl-C."""
-    from minigpt_lib.chat import build_app, check_port, launch
+    from minigpt_lib.app import build_app, check_port, launch
 
     port = check_port(args.port)  # before the slow part
     app = build_app(args.model, None if args.adapter == "none" else args.adapter, args.device)
@@ -66,7 +66,7 @@ def run_chat(args: argparse.Namespace) -> None:
 # %% ../notebooks/09_chat.ipynb #6f7c6bfa
 def run_generate(args: argparse.Namespace) -> None:
     """Write a continuation, or with --chat a reply, to stdout as it is computed."""
-    from minigpt_lib.chat import ChatModels, Sampling, stream_reply, stream_text
+    from minigpt_lib.chat import Sampling, load_models, stream_reply, stream_text
 
     prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read().rstrip("\n")
     if not prompt.strip():
@@ -74,7 +74,7 @@ def run_generate(args: argparse.Namespace) -> None:
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     sampling = Sampling(use_cache=not args.no_cache, **{name: getattr(args, name) for name in names})
     adapter = args.adapter or ("auto" if args.chat else "none")
-    models = ChatModels.load(args.model, None if adapter == "none" else adapter, args.device)
+    models = load_models(args.model, None if adapter == "none" else adapter, args.device)
     if args.chat:
         replies = stream_reply(models.tuned, models.enc, [{"role": "user", "content": prompt}], sampling)
     else:

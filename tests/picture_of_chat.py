@@ -5,9 +5,10 @@ from pathlib import Path
 
 from browser import chromium, watched
 
-from minigpt_lib.chat import build_app, launch
+from minigpt_lib.app import build_app, launch
 
 PICTURE = Path(__file__).resolve().parents[1] / "notebooks" / "images" / "chat.png"
+UNSURE = 3  # the token of the last reply whose alternatives are shown
 QUESTIONS = ("Who are you?", "What is the capital of Norway?", "What does a cow eat?")
 
 
@@ -15,13 +16,16 @@ def main(path: Path) -> None:
     app = build_app("mini", device="cpu")
     address = launch(app, 0, block=False)
     with chromium() as browser:
-        page, complaints = watched(browser, 1100, 760)
+        page, complaints = watched(browser, 1100, 900)
         page.goto(address)
+        page.get_by_label("Show what tokens are chosen from").check()
         for n, question in enumerate(QUESTIONS, start=1):
             page.locator("#message textarea").fill(question)
             page.locator("#send").click()
-            page.wait_for_function(f"document.querySelectorAll('#talk .bot-row').length == {n}")
-            page.wait_for_function("!document.querySelector('#retry').disabled")
+            page.wait_for_function(f"document.querySelectorAll('#talk article.assistant').length == {n}")
+            page.wait_for_function("document.querySelector('#retry') && !document.querySelector('#retry').disabled")
+            page.locator("#choices .strip").wait_for()
+        page.locator("#choices label").nth(UNSURE).click()
         page.wait_for_timeout(500)
         path.parent.mkdir(exist_ok=True)
         page.screenshot(path=path)

@@ -81,4 +81,4 @@ class Scripted(GPTLanguageModel):
 def scripted_models(folder: Path, *, base: str, tuned: str, pause: float = 0.0) -> ChatModels:
     """ChatModels whose base and tuned model write the two texts."""
     folder.mkdir(parents=True, exist_ok=True)
-    return ChatModels("scripted", Scripted(base, pause), Scripted(tuned, pause), byte_encoding(folder))
+    return ChatModels("scripted", Scripted(base, pause), {"capitals": Scripted(tuned, pause)}, byte_encoding(folder))

@@ -1,4 +1,4 @@
-"""The page in a real browser: it streams, stops, compares, clears, fits a phone, and asks no other machine."""
+"""The page in a real browser: it streams, stops, compares, remembers, fits a phone, and asks no other machine."""
 
 import re
 import time
@@ -14,7 +14,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The address of an app whose tuned model writes capitals for ever, its base small letters once; and both."""
-    from minigpt_lib.chat import build_app, launch
+    from minigpt_lib.app import build_app, launch
 
     models = scripted_models(tmp_path_factory.mktemp("app"), base="abcdefghij.", tuned=LETTERS, pause=0.03)
     app = build_app(models)
@@ -45,8 +45,13 @@ def send(page, text: str) -> None:
 
 def reply(page) -> str:
     """The text of the last reply on the page."""
-    bubbles = page.locator("#talk .bot .message, #talk .message.bot")
+    bubbles = page.locator("#talk article.assistant > p")
     return bubbles.last.inner_text().strip() if bubbles.count() else ""
+
+
+def said(page) -> list[str]:
+    """The texts of all messages on the page."""
+    return page.locator("#talk article > p").all_inner_texts()
 
 
 def expect(page, what, seconds: float = 60) -> None:
@@ -85,7 +90,7 @@ def test_a_reply_streams_in_and_its_cost_is_shown(page, served):
     assert all(reply(page).startswith(text) for text in seen if text.isupper())
     status = page.locator("#status").inner_text()
     assert re.search(
-        r"40 tokens · \d+ tokens/s with the cache on · first after [\d.]+ s · \d+ of 512 positions", status
+        r"40 tokens · \d+ tokens/s with the cache on · first after \d+ ms · \d+ of 512 positions", status
     )
     assert page.locator("#message textarea").input_value() == ""
 
@@ -146,11 +151,22 @@ def test_side_by_side_shows_both_models_at_once(page):
     page.get_by_role("tab", name="Side by side").click()
     page.locator("#prompt textarea").fill("Hello")
     page.locator("#ask").click()
-    expect(page, lambda p: "abc" in p.locator("#base").inner_text() and "ABC" in p.locator("#tuned").inner_text())
-    expect(page, lambda p: p.locator("#ask").is_visible())
-    assert page.locator("#base").inner_text().startswith("abcdefghij.")
-    assert page.locator("#tuned").inner_text().startswith(LETTERS[:20])
-    assert "12 tokens" in page.locator("#base").inner_text() and "20 tokens" in page.locator("#tuned").inner_text()
+    # whether a button is shown says nothing: it changes a moment before or after the texts
+    texts = {"#base": "abcdefghij.", "#tuned": LETTERS[:20]}
+    grown: dict[str, set[int]] = {name: set() for name in texts}
+
+    def whole(p) -> bool:
+        now = {name: p.locator(f"{name} .answer").inner_text() for name in texts}
+        for name, text in now.items():
+            assert texts[name].startswith(text.strip("…"))
+            grown[name].add(len(text))
+        return now == texts
+
+    expect(page, whole)
+    assert all(len(lengths) > 3 for lengths in grown.values()), "the answers came in one piece"
+    for name, cost in (("#base", "12 tokens"), ("#tuned", "20 tokens")):
+        expect(page, lambda p, name=name, cost=cost: cost in p.locator(name).inner_text())
+    expect(page, lambda p: p.locator("#ask").is_visible() and not p.locator("#stop-both").is_visible())
 
 
 def test_side_by_side_stops(page, served):
@@ -174,7 +190,8 @@ def test_what_people_write_is_shown_as_text(page):
     shown = page.locator("#talk").inner_text()
     for line in evil.splitlines():
         assert line in shown
-    assert page.locator("#talk img[src*=evil], #talk script, #talk .message b").count() == 0
+    assert page.locator("#talk img, #talk script, #talk b").count() == 0
+    assert page.locator("#talk article.user > p").evaluate("p => p.childNodes.length") == 1  # one text node, no element
 
 
 def test_a_bad_message_says_why_and_stays(page):
@@ -182,7 +199,7 @@ def test_a_bad_message_says_why_and_stays(page):
     expect(page, lambda p: "empty" in p.locator("#status").inner_text())
     send(page, "x" * 3000)
     expect(page, lambda p: "3017 tokens" in p.locator("#status").inner_text())
-    assert page.locator("#message textarea").input_value() == "x" * 3000
+    assert page.locator("#message textarea").input_value() == "x" * 3000 and said(page) == []
 
 
 def test_enter_sends_and_a_second_enter_waits(page):
@@ -216,7 +233,7 @@ def test_the_page_is_light_and_fits_every_width(browser, served, width, scheme):
     page.locator("#message textarea").wait_for()
     send(page, "A long word: " + "x" * 200)
     expect(page, lambda p: len(reply(p)) > 20)
-    for tab in ("Side by side", "Chat"):
+    for tab in ("Side by side", "Attention", "Chat"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{tab} scrolls sideways"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -228,6 +245,196 @@ def test_the_page_is_light_and_fits_every_width(browser, served, width, scheme):
     assert page.locator("#message textarea").bounding_box()["y"] < 800  # the box is in sight without scrolling
     page.context.close()
     assert complaints == []
+
+
+# --- what a conversation can do
+
+
+def test_edit_undo_and_copy(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    set_new_tokens(page, 4)
+    for n, text in enumerate(("First <b>", "Second & third"), start=1):
+        send(page, text)
+        expect(page, lambda p, n=n: len(said(p)) == 2 * n and reply(p) == LETTERS[:4])
+    page.locator("#talk article.user button", has_text="Copy").first.click()
+    expect(page, lambda p: p.evaluate("navigator.clipboard.readText()") == "First <b>")
+    page.locator("#undo").click()
+    expect(page, lambda p: said(p) == ["First <b>", LETTERS[:4]])
+    send(page, "Again")
+    expect(page, lambda p: said(p)[2:] == ["Again", LETTERS[:4]])
+    page.locator("#talk article.user button", has_text="Edit").first.click()
+    expect(page, lambda p: said(p) == [] and p.locator("#message textarea").input_value() == "First <b>")
+    page.locator("#message textarea").fill("Changed")
+    page.locator("#message textarea").press("Enter")
+    expect(page, lambda p: said(p) == ["Changed", LETTERS[:4]])
+
+
+def test_the_conversation_survives_a_reload_and_a_stop_and_ends_with_clear(page, served):
+    set_new_tokens(page, 400)
+    send(page, "Remember <me>")
+    expect(page, lambda p: len(reply(p)) > 5)
+    page.locator("#stop").click()
+    page.locator("#send").wait_for()
+    expect(page, lambda p: still(served[1]), 10)
+    expect(page, lambda p: p.locator("#talk .busy").count() == 0)
+    before = said(page)
+    page.wait_for_timeout(300)
+    page.reload()
+    expect(page, lambda p: said(p) == before)
+    assert not page.locator("#examples").is_visible()
+    set_new_tokens(page, 5)
+    send(page, "Go on")
+    expect(page, lambda p: said(p) == [*before, "Go on", LETTERS[:5]])
+    page.locator("#clear").click()
+    expect(page, lambda p: said(p) == [])
+    page.wait_for_timeout(300)
+    page.reload()
+    expect(page, lambda p: p.locator("#examples").is_visible() and said(p) == [])
+
+
+def test_a_forged_history_in_the_browser_does_no_harm(browser, served):
+    page, _ = watched(browser)  # Gradio writes to the console that it cannot read it
+    page.goto(served[0])
+    set_new_tokens(page, 3)
+    send(page, "Hello")
+    expect(page, lambda p: reply(p) == LETTERS[:3])
+    page.evaluate("for (const key of Object.keys(localStorage)) localStorage.setItem(key, '[{\"role\": 1}]')")
+    page.reload()
+    expect(page, lambda p: p.locator("#examples").is_visible() and said(p) == [])
+    send(page, "Hello")
+    expect(page, lambda p: reply(p) != "")
+    page.context.close()
+
+
+# --- looking inside
+
+
+def test_the_alternatives_of_each_token_can_be_reached_by_mouse_and_by_keyboard(page):
+    set_new_tokens(page, 6)
+    page.get_by_label("Show what tokens are chosen from").check()
+    send(page, "Hello")
+    expect(page, lambda p: p.locator("#choices input").count() == 6)
+    assert page.locator("#choices label").all_inner_texts() == list(LETTERS[:6])
+    visible = page.locator("#choices .one:visible")
+    assert visible.count() == 1 and "A" in visible.locator(".taken").inner_text()
+    page.locator("#choices label").nth(3).click()
+    assert "D" in visible.locator(".taken").inner_text() and "100.0 %" in visible.locator(".taken").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert "E" in visible.locator(".taken").inner_text() and visible.locator("tbody tr").count() == 8
+    page.get_by_label("Show what tokens are chosen from").uncheck()
+    expect(page, lambda p: p.locator("#choices input").count() == 0)
+    page.locator("#talk article.assistant button", has_text="Tokens").click()
+    expect(page, lambda p: p.locator("#choices input").count() == 6)
+
+
+def test_what_the_next_token_is_drawn_from_is_shown_live(page, served):
+    set_new_tokens(page, 400)
+    page.get_by_label("Show what tokens are chosen from").check()
+    send(page, "Hello")
+    seen = set()
+
+    def several(p) -> bool:
+        taken = p.locator("#choices .taken th")
+        seen.update(taken.all_inner_texts())
+        return len(seen) > 3
+
+    expect(page, several)
+    page.locator("#stop").click()
+    page.locator("#send").wait_for()
+    assert seen <= set(LETTERS)
+
+
+def test_attention_is_drawn_for_a_text_a_layer_and_a_head(page):
+    page.get_by_role("tab", name="Attention").click()
+    page.locator("#text textarea").fill("A <b> c")
+    page.locator("#look").click()
+    expect(page, lambda p: p.locator("#map tbody tr").count() == 7)
+    assert page.locator("#map tbody th").all_inner_texts() == ["A", "·", "<", "b", ">", "·", "c"]
+    assert page.locator("#map tbody tr").last.locator("td").count() == 7 and page.locator("#map b").count() == 0
+    page.locator("#text textarea").fill("x" * 100)
+    page.locator("#text textarea").press("Enter")
+    expect(page, lambda p: "1 to 64 can be drawn" in p.locator("#map").inner_text())
+
+
+def test_the_adapter_is_switched_off_and_on(page):
+    set_new_tokens(page, 5)
+    page.get_by_label("none", exact=True).check()
+    send(page, "Hello")
+    expect(page, lambda p: reply(p) == "abcde")
+    page.get_by_label("capitals", exact=True).check()
+    page.locator("#retry").click()
+    expect(page, lambda p: reply(p) == "ABCDE")
+
+
+# --- everybody
+
+
+def test_a_conversation_needs_no_mouse(page):
+    """Tab and Shift+Tab reach everything, Enter and Space press it, and it can always be seen where one is."""
+    set_new_tokens(page, 4)
+
+    def go_to(what: str, key: str = "Tab") -> None:
+        for _ in range(40):
+            page.keyboard.press(key)
+            if page.evaluate("s => document.activeElement.closest(s) !== null", what):
+                style = page.evaluate("(() => {const s = getComputedStyle(document.activeElement); "
+                                      "return s.outlineStyle + s.boxShadow})()")
+                assert style != "nonenone", f"{what} does not show that it has the focus"
+                return
+        raise AssertionError(f"{what} cannot be reached with {key}")
+
+    page.locator("#message textarea").focus()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Enter")
+    expect(page, lambda p: reply(p) == LETTERS[:4] and p.locator("#send").is_visible())
+    page.locator("#message textarea").focus()
+    go_to("#talk article.assistant .Tokens", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page, lambda p: p.locator("#choices input").count() == 4)
+    page.locator("#message textarea").focus()
+    go_to("#clear")
+    page.keyboard.press("Space")
+    expect(page, lambda p: said(p) == [])
+    page.locator("#message textarea").focus()
+    go_to("#examples button", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page, lambda p: reply(p) == LETTERS[:4])
+    go_to("#talk article.user .Edit", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page, lambda p: said(p) == [])
+
+
+def test_axe_finds_no_serious_fault(browser, served):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    page, complaints = watched(browser)
+    page.goto(served[0])
+    set_new_tokens(page, 4)
+    page.get_by_label("Show what tokens are chosen from").check()
+    send(page, "Hello")
+    expect(page, lambda p: p.locator("#choices input").count() == 4)
+    faults = {}
+
+    def check(where: str) -> None:
+        for v in axe.Axe().run(page).response["violations"]:
+            if v["impact"] in ("serious", "critical"):
+                faults[f"{where}: {v['id']}"] = [node["html"][:200] for node in v["nodes"]]
+
+    check("chat")
+    page.get_by_role("tab", name="Side by side").click()
+    page.locator("#ask").click()
+    expect(page, lambda p: "tokens" in p.locator("#tuned").inner_text())
+    check("side by side")
+    page.get_by_role("tab", name="Attention").click()
+    page.locator("#look").click()
+    page.locator("#map table").wait_for()
+    check("attention")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.get_by_role("tab", name="Chat").click()
+    send(page, "")
+    page.locator("#status .notice").wait_for()
+    check("a phone, with a notice")
+    page.context.close()
+    assert faults == {} and complaints == []
 
 
 def test_two_readers_at_once_do_not_meet(browser, served):

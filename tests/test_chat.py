@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import json
 import os
 import re
 import socket
@@ -17,29 +18,30 @@ import torch
 from scripted import TINY, byte_encoding, scripted_models, tiny_folder
 
 from minigpt_lib.adapters import load_adapter
+from minigpt_lib.app import build_app, check_port, launch
+from minigpt_lib.cache import KVCache
 from minigpt_lib.chat import (
     LIMITS,
-    MAX_CHARS,
-    ChatHandlers,
+    LRU,
+    NO_ADAPTER,
+    STRENGTH,
     ChatModels,
     Sampling,
-    answer_card,
-    build_app,
-    check_port,
+    at_strength,
     fit_turns,
-    launch,
-    notice,
-    paced,
-    shown,
-    status_line,
+    load_models,
     stream_reply,
     stream_text,
     twin,
 )
 from minigpt_lib.evaluation import reply
-from minigpt_lib.generation import generate
-from minigpt_lib.lora import add_lora, lora_disabled, lora_parameters, merge_lora
+from minigpt_lib.generation import generate, steps
+from minigpt_lib.handlers import CONTROLS, HISTORY_CHARS, MAX_CHARS, ChatHandlers, bounded, checked_history
+from minigpt_lib.insight import MAX_LOOK, attention_maps, choice, choices, token_text
+from minigpt_lib.layout import conversation
+from minigpt_lib.lora import add_lora, lora_disabled, lora_layers, lora_parameters, merge_lora
 from minigpt_lib.model import GPTLanguageModel
+from minigpt_lib.pages import answer_card, attention_table, notice, odds, paced, status_line, token_strip
 from minigpt_lib.template import encode_prompt
 from minigpt_lib.weights import load_pretrained
 
@@ -57,7 +59,7 @@ def folder(tmp_path, seed):
 
 @pytest.fixture
 def models(folder):
-    return ChatModels.load(folder, device="cpu")
+    return load_models(folder, device="cpu")
 
 
 # --- two models in the memory of one
@@ -91,13 +93,26 @@ def test_loaded_models_compute_what_the_adapter_computes_switched_on_and_off(fol
 
 
 def test_the_adapter_is_found_named_or_left_out(folder, tmp_path):
-    bare = ChatModels.load(folder, None, "cpu")
-    assert bare.tuned is bare.base and bare.n_ctx == 256
+    bare = load_models(folder, None, "cpu")
+    assert bare.tuned is bare.base and bare.n_ctx == 256 and not bare.adapters
     elsewhere = (folder / "adapter").rename(tmp_path / "elsewhere")
-    alone = ChatModels.load(folder, device="cpu")
+    alone = load_models(folder, device="cpu")
     assert alone.tuned is alone.base
-    named = ChatModels.load(folder, elsewhere, "cpu")
-    assert named.tuned is not named.base
+    named = load_models(folder, elsewhere, "cpu")
+    assert named.tuned is not named.base and list(named.adapters) == ["elsewhere"]
+
+
+def test_several_adapters_share_one_base_and_keep_apart(folder, tmp_path):
+    other = tiny_folder(tmp_path / "second")  # other random weights, of which the adapter alone is used
+    pair = load_models(folder, [folder / "adapter", other / "adapter"], "cpu")
+    assert list(pair.adapters) == ["adapter", "adapter+"]
+    idx = torch.randint(257, (1, 20))
+    for name, where in (("adapter", folder), ("adapter+", other)):
+        oracle = load_adapter(load_pretrained(folder), where / "adapter")
+        assert (pair.at(name)(idx)[0] - oracle(idx)[0]).abs().max() <= 1e-5
+    tuned = pair.at("adapter")
+    shared = [n for n, p in pair.base.named_parameters() if p.data_ptr() == tuned.get_parameter(n).data_ptr()]
+    assert "h.0.mlp.c_fc.weight" in shared and "wte.weight" in shared and "h.0.attn.c_attn.weight" not in shared
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,100 @@ def test_the_adapter_is_found_named_or_left_out(folder, tmp_path):
 )
 def test_what_cannot_be_loaded_is_named(folder, model, adapter, error, says):
     with pytest.raises(error, match=says):
-        ChatModels.load(model or folder, adapter, "cpu")
+        load_models(model or folder, adapter, "cpu")
+
+
+# --- an adapter's strength
+
+
+def test_a_strength_is_what_the_unmerged_adapter_computes_with_its_scaling_changed(models, folder):
+    base = models.base.wte.weight.clone()
+    for strength in (0.25, 0.5, 1.0, 1.7, 2.0):
+        oracle = load_adapter(load_pretrained(folder), folder / "adapter")
+        for layer in lora_layers(oracle).values():
+            layer.active = {name: strength for name in layer.active}
+        idx = torch.randint(257, (2, 30))
+        assert (models.at("adapter", strength)(idx)[0] - oracle(idx)[0]).abs().max() <= 1e-4
+    assert models.at("adapter", 0) is models.base and models.at("adapter", 1) is models.tuned
+    assert models.at(NO_ADAPTER, 2) is models.base
+    assert (models.at("adapter", 0.5)(idx)[0] - models.tuned(idx)[0]).abs().max() > 1e-2
+    oracle = load_pretrained(folder)
+    assert torch.equal(models.base(idx)[0], oracle(idx)[0]) and torch.equal(models.base.wte.weight, base)
+
+
+def test_a_strength_copies_only_what_the_adapter_changes(models):
+    half = at_strength(models.tuned, 0.5)
+    for one, other in ((half, models.base), (half, models.tuned)):
+        own = [n for n, p in one.named_parameters() if "lora" not in n and
+               p.data_ptr() != other.get_parameter(n).data_ptr()]
+        assert own == [f"h.{i}.attn.c_attn.weight" for i in range(TINY.n_layer)]
+    layer, before = next(iter(lora_layers(models.tuned).values())), next(iter(lora_layers(half).values()))
+    assert before.base_weight.data_ptr() == layer.base_weight.data_ptr()
+
+
+def test_strengths_are_kept_within_their_bytes(models):
+    first = models.at("adapter", 0.5)
+    assert models.at("adapter", 0.5) is first and models.at("adapter", 0.501) is first  # two decimals count
+    one = models.merged.nbytes
+    assert one == sum(layer.weight.nbytes for layer in lora_layers(first).values())
+    models.merged.max_bytes = 3 * one
+    for n in range(1, 100):
+        models.at("adapter", n / 50)
+    assert models.merged.nbytes <= 3 * one and len(models.merged) == 3
+
+
+def test_two_readers_with_two_strengths_do_not_meet(models):
+    asked, settings = ask("Hi"), Sampling(0, 0, 1, 40)
+    def answer(strength: float):
+        return stream_reply(models.at("adapter", strength), models.enc, asked, settings)
+
+    alone = {s: [r.text for r in answer(s)] for s in (0.3, 1.8)}
+    assert alone[0.3] != alone[1.8]
+    models.merged.max_bytes = 1  # so that each asks for a model of its own
+    both = {s: answer(s) for s in alone}
+    got = list(itertools.zip_longest(*both.values()))
+    assert {s: [r[n].text for r in got if r[n]] for n, s in enumerate(both)} == alone
+
+
+@pytest.mark.parametrize("name", ["../adapter", "/etc", "adapter/", "", None, "x" * 100_000, ["adapter"]])
+def test_an_adapter_that_is_not_on_the_list_is_refused(models, name):
+    with pytest.raises(ValueError, match="unknown adapter .*choose adapter or none") as error:
+        models.at(name)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf"), "1", None, True])
+def test_a_strength_out_of_range_is_refused(models, strength):
+    with pytest.raises(ValueError, match=rf"strength=.*{STRENGTH[0]} to {STRENGTH[1]}"):
+        models.at("adapter", strength)
+
+
+def test_an_lru_keeps_the_most_recently_used_within_its_bytes_from_several_threads():
+    kept = LRU(100)
+    for key in "abcd":
+        kept.put(key, key, 30)
+    assert kept.take("a") is None and kept.nbytes == 90
+    kept.put("b", kept.take("b"), 30)
+    kept.put("e", "e", 30)
+    assert kept.take("c") is None and kept.take("b") == "b" and kept.take("b") is None
+    kept.put("d", "again", 10)
+    assert kept.take("d") == "again" and len(kept) == 1 and kept.nbytes == 30
+    kept.put("too big", "x", 101)
+    assert len(kept) == kept.nbytes == 0
+
+    def work(seed: int) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        for _ in range(2000):
+            key, size = (int(torch.randint(10, (1,), generator=rng)) for _ in range(2))
+            if kept.take(key) is None:
+                kept.put(key, key, 5 + size)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert 0 < kept.nbytes <= 100 and kept.nbytes == sum(n for _, n in kept._things.values())
 
 
 # --- settings
@@ -139,9 +247,13 @@ def test_options_switch_filters_off_and_seed_the_generator():
         "temperature": 0.3,
         "top_k": None,
         "top_p": None,
+        "min_p": None,
+        "repetition_penalty": None,
         "use_cache": False,
         "generator": 0,
     }
+    more = Sampling(min_p=0.2, repetition_penalty=1.5).options()
+    assert (more["min_p"], more["repetition_penalty"]) == (0.2, 1.5)
     draw = [torch.rand(1, generator=Sampling(seed=s).options()["generator"]).item() for s in (5, 5, 6, None, None)]
     assert draw[0] == draw[1] and len(set(draw)) == 4
 
@@ -190,12 +302,13 @@ def test_a_greedy_reply_is_the_one_that_tuning_measures(models):
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_sampled_reply_is_generate_with_the_same_seed(models, seed, cache):
-    settings = Sampling(1.3, 50, 0.9, 40, cache, seed)
+    settings = Sampling(1.3, 50, 0.9, 40, cache, seed, min_p=0.01, repetition_penalty=1.2)
     prompt = torch.tensor([encode_prompt(models.enc, ask("Why?"))])
     *_, last = stream_reply(models.base, models.enc, ask("Why?"), settings)
-    options = {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "generator": torch.Generator().manual_seed(seed)}
+    options = {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2,
+               "generator": torch.Generator().manual_seed(seed)}
     ids = generate(models.base, prompt, 40, stop_ids=(models.enc.eot_token,), **options)[0, prompt.size(1) :].tolist()
-    assert last.tokens == len(ids) and last.prompt_tokens == prompt.size(1)
+    assert list(last.ids) == ids and last.prompt_tokens == prompt.size(1)
     assert last.text == models.enc.decode([i for i in ids if i != models.enc.eot_token]).strip()
 
 
@@ -228,6 +341,31 @@ def test_closing_a_reply_stops_the_work(tmp_path):
     assert models.tuned.calls == 3 and list(replies) == []
 
 
+def test_the_second_turn_reads_only_what_is_new(models, seed):
+    cache, settings = KVCache.for_model(models.tuned), Sampling(0, 0, 1, 20)
+    reads: list[int] = []
+    hook = models.tuned.drop.register_forward_hook(lambda _, args, __: reads.append(args[0].size(1)))
+    talk = ask("Good morning")
+    for turn in range(4):
+        reads.clear()
+        *_, last = stream_reply(models.tuned, models.enc, talk, settings, cache)
+        assert sum(reads) == last.positions - 1 - last.reused
+        *_, fresh = stream_reply(models.tuned, models.enc, talk, settings)
+        assert last.ids == fresh.ids and fresh.reused == 0
+        assert (last.reused > 0) == (turn > 0)
+        talk = [*talk, {"role": "assistant", "content": last.text}, *ask(f"And {turn}?")]
+    hook.remove()
+    *_, other = stream_reply(models.tuned, models.enc, ask("Good evening"), settings, cache)
+    *_, fresh = stream_reply(models.tuned, models.enc, ask("Good evening"), settings)
+    assert other.ids == fresh.ids and other.reused == len("User: Good ")  # what the two share, and nothing more
+
+
+def test_a_cache_is_left_alone_where_the_settings_switch_caching_off(models):
+    cache = KVCache.for_model(models.tuned)
+    *_, last = stream_reply(models.tuned, models.enc, ask("Hi"), Sampling(0, 0, 1, 9, use_cache=False), cache)
+    assert cache.pos == last.reused == 0
+
+
 def test_two_replies_at_once_are_the_two_replies_alone(models, seed):
     settings = [Sampling(1.2, 0, 1, 40, True, seed), Sampling(1.2, 0, 1, 40, False, seed + 1)]
     alone = [[r.text for r in stream_reply(models.tuned, models.enc, ask("Hi"), s)] for s in settings]
@@ -244,34 +382,132 @@ def test_two_replies_at_once_are_the_two_replies_alone(models, seed):
     assert got == alone
 
 
+# --- looking inside
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_pass_afterwards_finds_what_each_token_was_drawn_from(models, seed, cache):
+    settings = Sampling(1.2, 30, 0.9, 40, cache, seed, min_p=0.005, repetition_penalty=1.4)
+    prompt = encode_prompt(models.enc, ask("Why?"))
+    made = list(steps(models.tuned, torch.tensor([prompt]), 40, **settings.options()))
+    ids = [int(step.ids[0]) for step in made]
+    live = [choice(i, step.logits[0], step.probabilities[0]) for i, step in zip(ids, made, strict=True)]
+    after = choices(models.tuned, prompt, ids, settings)
+    assert [c.token for c in after] == ids
+    for a, b in zip(live, after, strict=True):
+        assert len(b.candidates) == 8 and a.token in [i for i, *_ in b.candidates]
+        ours = {i: rest for i, *rest in b.candidates}
+        for i, *rest in a.candidates:
+            if i in ours:
+                assert max(abs(x - y) for x, y in zip(rest, ours[i], strict=True)) <= 1e-4
+        assert sum(i in ours for i, *_ in a.candidates) >= 7  # two that are equally likely may change places
+        taken = ours[b.token]
+        assert taken[1] > 0 and abs(b.p - taken[0]) == 0  # what was drawn could be drawn
+
+
+def test_candidates_come_with_the_models_own_probabilities_in_order(models):
+    prompt, reply_ids = encode_prompt(models.enc, ask("Why?")), [5, 200, 9]
+    logits = models.base(torch.tensor([[*prompt, *reply_ids]]))[0][0, len(prompt) - 1 : -1]  # (3, V)
+    found = choices(models.base, prompt, reply_ids, Sampling(0), k=4)
+    for made, row, token in zip(found, logits, reply_ids, strict=True):
+        top = row.softmax(-1).topk(4)
+        ids, own, after = zip(*made.candidates, strict=True)
+        assert len(ids) == 4 and made.token == token == (ids[-1] if token not in top.indices else token)
+        assert torch.allclose(torch.tensor(own[:3]), top.values[:3], atol=1e-5)
+        assert list(own) == sorted(own, reverse=True)
+        assert [x > 0 for x in after] == [i == int(row.argmax()) for i in ids]  # greedy: one for the best
+    with pytest.raises(ValueError, match="prompt is empty"):
+        choices(models.base, [], [1])
+    with pytest.raises(ValueError, match="n_ctx=256"):
+        choices(models.base, [1] * 200, [1] * 100)
+
+
+def test_attention_maps_are_what_the_model_computes(models):
+    ids = torch.randint(257, (17,)).tolist()
+    maps = attention_maps(models.tuned, ids)
+    assert maps.shape == (TINY.n_layer, TINY.n_head, 17, 17)
+    heads: list[torch.Tensor] = []
+    hooks = [block.attn.register_forward_hook(lambda m, a, _: heads.append((m, a[0]))) for block in models.tuned.h]
+    models.tuned(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    for found, (attn, x) in zip(maps, heads, strict=True):  # what the model fed into each layer, by a loop over queries
+        q, k, _ = attn.heads(x)
+        for head in range(TINY.n_head):
+            for t in range(17):
+                weights = (q[0, head, t] @ k[0, head, : t + 1].T / q.size(-1) ** 0.5).softmax(-1)
+                assert (found[head, t, : t + 1] - weights).abs().max() <= 1e-5 and found[head, t, t + 1 :].sum() == 0
+    for wrong in ([], [1] * (MAX_LOOK + 1)):
+        with pytest.raises(ValueError, match=f"1 to {MAX_LOOK}"):
+            attention_maps(models.tuned, wrong)
+
+
+def test_tokens_can_be_seen(gpt2_encoding, tmp_path):
+    enc = byte_encoding(tmp_path)
+    assert [token_text(enc, i) for i in b" a\n\t<"] == ["·", "a", "⏎", "⇥", "<"]
+    assert token_text(enc, 256) == "(end)" and token_text(enc, 0xC3) == "⟨c3⟩"
+    assert "".join(token_text(gpt2_encoding, i) for i in gpt2_encoding.encode("two words")) == "two·words"
+
+
 # --- pieces of the page
+
+
+def elements(text: str) -> set[str]:
+    """The elements in a piece of HTML, as a browser would read it; fails for an attribute that runs a script."""
+    from html.parser import HTMLParser
+
+    class Parser(HTMLParser):
+        found: set[str] = set()
+
+        def handle_starttag(self, tag, attrs):
+            self.found.add(tag)
+            assert not [name for name, value in attrs if name.startswith("on") or "javascript:" in (value or "")]
+
+    parser = Parser()
+    parser.found = set()
+    parser.feed(text)
+    return parser.found
 
 
 def test_nothing_that_was_written_becomes_html(models):
     *_, last = stream_reply(models.base, models.enc, ask("Hi"), Sampling(0, max_new_tokens=3))
     evil = '<img src=x onerror="alert(1)">&'
-    page = shown(ask(evil))
-    assert html.unescape(page[0]["content"]) == evil and "<" not in page[0]["content"]
+    found = choices(models.base, [1], list(evil.encode()))
     for made in (notice(evil), answer_card(replace(last, text=evil))):
         assert "<img" not in made and "&lt;img" in made
+    for made in (odds(found[0], models.enc), token_strip(found, models.enc)):
+        parts = {"table", "thead", "tbody", "tr", "th", "td", "code", "span", "div", "p", "input", "label"}
+        assert elements(made) <= parts and "&lt;" in made
+    assert "img" not in elements(attention_table([evil] * 2, torch.ones(2, 2)))
+    assert conversation(ask(evil))[0]["content"] == evil  # data: the page puts it in as text
+
+
+def test_a_conversation_tells_the_page_what_is_busy_and_what_is_no_longer_read():
+    talk = [*ask("a"), {"role": "assistant", "content": "b", "ids": [1]}, *ask("c")]
+    assert conversation(talk) == [{"role": m["role"], "content": m["content"]} for m in talk]
+    drawn = conversation(talk, busy=True, dropped=1)
+    assert [m.get("gone", False) for m in drawn] == [True, True, False]
+    assert [m.get("busy", False) for m in drawn] == [False, False, True]
 
 
 def test_the_status_line_tells_cost_and_cuts(models):
     *_, r = stream_reply(models.base, models.enc, ask("Hi"), Sampling(0, max_new_tokens=5))
-    r = replace(r, tokens=5, first_token_s=0.5, seconds=2.5, prompt_tokens=95, dropped=2, finish="length")
+    r = replace(r, ids=(65,) * 5, first_token_s=0.5, seconds=2.5, prompt_tokens=95, dropped=2, finish="length")
     line = status_line(r, cache=False)
     for part in (
         "5 tokens ·",
         "2 tokens/s",
         "cache off",
-        "0.50 s",
+        "first after 500 ms ·",
         "100 of 256",
         "2 oldest turns",
         "limit of new tokens",
     ):
         assert part in line
     assert "width:39%" in line and "cut off" not in status_line(replace(r, finish="end"))
-    assert "1 token ·" in status_line(replace(r, tokens=1)) and "tokens/s" not in status_line(replace(r, tokens=1))
+    one = status_line(replace(r, ids=(65,)))
+    assert "1 token ·" in one and "tokens/s" not in one
+    assert "with 60 of 95 prompt tokens in the cache" in status_line(replace(r, reused=60))
 
 
 def test_pacing_skips_but_never_loses_the_end(models):
@@ -284,36 +520,76 @@ def test_pacing_skips_but_never_loses_the_end(models):
 # --- what the buttons do
 
 
+def last(pages) -> dict:
+    """Everything the pages put on the page, the newest of each part."""
+    shown: dict = {}
+    for page in pages:
+        shown |= page
+    return shown
+
+
 def test_a_conversation_grows_turn_by_turn_and_can_be_answered_again(models):
     do = ChatHandlers(models)
-    first = list(do.send("  Hello  ", [], *GREEDY))[-1][2]
+    first = last(do.send("me", "  Hello  ", [], *GREEDY))["history"]
     assert first[0] == {"role": "user", "content": "Hello"}
     assert first[1]["content"] == reply(models.tuned, models.enc, "Hello", 40)
-    second = list(do.send("More", first, *GREEDY))[-1][2]
-    assert second[:3] == [*first, *ask("More")]
+    page = last(do.send("me", "More", first, *GREEDY))
+    second = page["history"]
+    assert second[:3] == [*first, *ask("More")] and page["stored"] == second and page["idle"] == 4
     assert second[3]["content"] == reply(models.tuned, models.enc, second[:3], 40)
-    assert list(do.retry(second, *GREEDY))[-1][2] == second
+    assert last(do.retry("me", second, *GREEDY))["history"] == second
     assert len(first) == 2  # what was handed in is not written to
+    assert do.undo(second)["history"] == first and do.undo(first)["history"] == do.undo([])["history"] == []
+    assert do.edit(second, 2) | {"box": "More", "history": first} == do.edit(second, 2)
+    assert do.clear()["history"] == [] and do.clear()["box"] == ""
+
+
+@pytest.mark.parametrize("n", [1, -2, 4, 99, None, "0", 1.0, [0]])
+def test_only_a_message_of_the_user_can_be_edited(models, n):
+    history = [*ask("a"), {"role": "assistant", "content": "b"}] * 2
+    page = ChatHandlers(models).edit(history, n)
+    assert set(page) == {"status"} and "no such message" in page["status"]
+
+
+@pytest.mark.parametrize("n", [0, 2, -1, 5, None, "1", [1]])
+def test_only_a_reply_can_be_looked_into(models, n):
+    history = [*ask("a"), {"role": "assistant", "content": "b"}] * 2
+    assert "no such reply" in ChatHandlers(models).look(history, n, *GREEDY)["choices"]
+
+
+def test_the_choices_are_shown_while_a_reply_is_written_and_for_every_reply_afterwards(models):
+    do, watching = ChatHandlers(models), (*GREEDY, 0, 1, "adapter", 1.0, True)
+    pages = list(do.send("me", "Hello", [], *watching))
+    history = last(pages)["history"]
+    assert any("<table" in p.get("choices", "") and "radiogroup" not in p["choices"] for p in pages[1:-1])
+    strip = last(pages)["choices"]
+    assert strip.count('type="radio"') == len(history[1]["ids"])
+    assert do.look(history, 1, *watching)["choices"] == strip == do.watching(history, *watching)["choices"]
+    assert do.watching(history, *GREEDY) == do.watching([], *watching) == {"choices": ""}
+    assert last(do.send("me", "Hello", [], *GREEDY))["choices"] == ""
+    bare = [history[0], {"role": "assistant", "content": history[1]["content"]}]  # as if an older page had kept it
+    assert "radiogroup" in do.look(bare, 1, *GREEDY)["choices"]
 
 
 def test_a_stopped_reply_leaves_a_conversation_that_goes_on(tmp_path):
     models = scripted_models(tmp_path, base="a.", tuned="ABCDEFGHIJ")
     do = ChatHandlers(models)
-    for steps in (1, 3):
-        work = do.send("Hello", [], *GREEDY)
-        history = list(itertools.islice(work, steps))[-1][2]
+    for taken in (1, 3):
+        work = do.send("me", "Hello", [], *GREEDY)
+        history = last(itertools.islice(work, taken))["history"]
         work.close()
         assert [m["role"] for m in history] == ["user", "assistant"]
-        assert list(do.send("More", history, *GREEDY))[-1][2][3]["content"].startswith("ABC")
+        rest = do.stopped(history)
+        assert rest["idle"] == 2 and rest["stored"] == history and not any(m.get("busy") for m in rest["talk"])
+        assert last(do.send("me", "More", history, *GREEDY))["history"][3]["content"].startswith("ABC")
 
 
 def test_buttons_are_given_back_at_the_end_and_after_an_error(models):
     do = ChatHandlers(models)
-    for pages in (do.send("Hello", [], *GREEDY), do.send("", [], *GREEDY), do.retry([], *GREEDY)):
-        send, stop, *_ = list(pages)[-1][4:]
-        assert send["visible"] and not stop["visible"]
-    running = next(do.send("Hello", [], *GREEDY))[4:]
-    assert [running[0]["visible"], running[1]["visible"], running[2]["interactive"]] == [False, True, False]
+    for pages, rest in ((do.send("me", "Hello", [], *GREEDY), 2), (do.send("me", "", [], *GREEDY), 0),
+                        (do.retry("me", [], *GREEDY), 0), (do.compare("me", "Hello", *GREEDY), 0)):
+        assert last(pages)["idle"] == rest
+    assert next(do.send("me", "Hello", [], *GREEDY))["idle"] is None
 
 
 @pytest.mark.parametrize(
@@ -328,34 +604,136 @@ def test_buttons_are_given_back_at_the_end_and_after_an_error(models):
     ],
 )
 def test_a_bad_message_stays_in_its_box_and_says_why(models, message, says):
-    history = [*ask("Hello"), {"role": "assistant", "content": "Hi"}]
-    *_, (box, _, kept, status, *_) = ChatHandlers(models).send(message, history, *GREEDY)
-    assert box == message and kept == history and says in status and "notice" in status
-    *_, (status, *_) = ChatHandlers(models).compare(message, *GREEDY)
-    assert says in status
+    history, do = [*ask("Hello"), {"role": "assistant", "content": "Hi"}], ChatHandlers(models)
+    page = last(do.send("me", message, history, *GREEDY))
+    assert page["box"] == message and "history" not in page and says in page["status"] and "notice" in page["status"]
+    assert says in last(do.compare("me", message, *GREEDY))["status"]
+    if says != "5017 tokens":
+        assert says in do.attention(message, 1, 0, "adapter", 1)["map"]
 
 
 @pytest.mark.parametrize(
     "bad",
-    [(9, 0, 1, 40, True, None), (0, 0, 1, 10**9, True, None), (0, 0, 1, 40, True, "-1"), (0, 0, 1, 40, True, "x")],
+    [
+        {"temperature": 9},
+        {"max_new_tokens": 10**9},
+        {"seed": "-1"},
+        {"seed": "x"},
+        {"seed": "9" * 5000},
+        {"min_p": -1},
+        {"repetition_penalty": 0},
+        {"strength": 3},
+        {"adapter": "../../etc/passwd"},
+        {"adapter": None},
+        {"top_k": [1]},
+        {"top_p": {"a": 1}},
+    ],
 )
 def test_bad_settings_are_told_and_nothing_is_computed(tmp_path, bad):
     models = scripted_models(tmp_path, base="a.", tuned="A.")
-    for pages in (ChatHandlers(models).send("Hi", [], *bad), ChatHandlers(models).retry(ask("Hi") * 2, *bad)):
-        assert "must be a number from" in list(pages)[-1][3]
-    assert "must be a number from" in list(ChatHandlers(models).compare("Hi", *bad))[-1][0]
+    do, good = ChatHandlers(models), dict(zip(CONTROLS, (*GREEDY, 0, 1, "capitals", 1.0, False), strict=True))
+    controls = (good | bad).values()
+    history = [*ask("Hi"), {"role": "assistant", "content": "Hi"}]
+    says = [last(do.send("me", "Hi", [], *controls))["status"], last(do.retry("me", history, *controls))["status"],
+            last(do.compare("me", "Hi", *controls))["status"], do.look(history, 1, *controls)["choices"]]
+    for told in says:
+        assert "must be a number from" in told or "unknown adapter" in told
+        assert len(told) < 400
     assert models.tuned.calls == models.base.calls == 0
 
 
 def test_side_by_side_gives_both_models_the_same_prompt_settings_and_seed(models):
-    settings = (1.2, 0, 1, 30, True, "")
-    twins = ChatModels("same", models.base, models.base, models.enc)  # the same model twice: the same answer twice
-    left, right = (card.split("<p class")[0] for card in list(ChatHandlers(twins).compare("Hello", *settings))[-1][1:3])
+    sampled = (1.2, 0, 1, 30, True, "")
+    twins = ChatModels("same", models.base, {"same": models.base}, models.enc)  # the same model twice: the same answer
+    page = last(ChatHandlers(twins).compare("me", "Hello", *sampled))
+    left, right = (page[name].split("<p class")[0] for name in ("base", "tuned"))
     assert left == right and "answer" in left
-    final = list(ChatHandlers(models).compare("Hello", *GREEDY))[-1][1:3]
-    for card, model in zip(final, (models.base, models.tuned), strict=True):
-        assert html.escape(reply(model, models.enc, "Hello", 40)) in card
-    assert final[0] != final[1]
+    final = last(ChatHandlers(models).compare("me", "Hello", *GREEDY))
+    for name, model in (("base", models.base), ("tuned", models.tuned)):
+        assert html.escape(reply(model, models.enc, "Hello", 40)) in final[name]
+    assert final["base"] != final["tuned"]
+    halved = last(ChatHandlers(models).compare("me", "Hello", *GREEDY, 0, 1, "adapter", 0.5))
+    assert html.escape(reply(models.at("adapter", 0.5), models.enc, "Hello", 40)) in halved["tuned"]
+
+
+def test_attention_shows_one_head_or_the_mean_of_all(models):
+    do, ids = ChatHandlers(models), list(b"The sea")
+    maps = attention_maps(models.tuned, ids)
+    for layer, head, weights in ((1, 0, maps[0].mean(0)), (2, 1, maps[1, 0]), (2.0, 2.0, maps[1, 1])):
+        page = do.attention("The sea", layer, head, "adapter", 1)
+        assert page["map"] == attention_table([token_text(models.enc, i) for i in ids], weights)
+    base = attention_maps(models.base, ids)[1, 0]
+    page = do.attention("The sea", 2, 1, NO_ADAPTER, 1)
+    assert page["map"] == attention_table([token_text(models.enc, i) for i in ids], base)
+    for layer, head in ((0, 0), (3, 0), (1, 3), (1, -1), (1.5, 0), (None, 0), ("1", 0), (1, [2])):
+        assert "must be a whole number from" in do.attention("The sea", layer, head, "adapter", 1)["map"]
+    assert f"1 to {MAX_LOOK}" in do.attention("x" * 100, 1, 0, "adapter", 1)["map"]
+
+
+# --- what is kept between turns
+
+
+def test_the_second_turn_finds_the_first_in_its_sessions_cache_and_no_other_session_does(models):
+    do = ChatHandlers(models)
+    status = last(do.send("one", "Good morning", [], *GREEDY))
+    assert "in the cache" not in status["status"]
+    history = status["history"]
+    assert "prompt tokens in the cache" in last(do.send("one", "And then?", history, *GREEDY))["status"]
+    assert "in the cache" not in last(do.send("two", "Good morning", [], *GREEDY))["status"]  # word for word the same
+    other = (*GREEDY, 0, 1, "adapter", 0.5)
+    assert "in the cache" not in last(do.send("one", "Good morning", [], *other))["status"]  # another model
+    assert len(do.caches) == 3
+
+
+def test_caches_are_bounded_however_many_sessions_come(models):
+    one = KVCache.for_model(models.base).nbytes
+    do = ChatHandlers(models, cache_bytes=3 * one)
+    for n in range(20):
+        work = do.send(f"session {n}", "Hi", [], *GREEDY)
+        next(work), next(work)
+        work.close() if n % 2 else last(work)  # stopped or finished
+        assert do.caches.nbytes <= 3 * one
+    assert len(do.caches) == 3
+    small = ChatHandlers(models, cache_bytes=1)  # not even one fits: slower, but the same
+    history = last(small.send("me", "Hello", [], *GREEDY))["history"]
+    page = last(small.send("me", "More", history, *GREEDY))
+    assert page["history"][3]["content"] == reply(models.tuned, models.enc, page["history"][:3], 40)
+    assert "in the cache" not in page["status"] and len(small.caches) == 0
+
+
+def test_an_interrupted_reply_leaves_a_cache_that_can_be_used(models):
+    do = ChatHandlers(models)
+    work = do.send("me", "Hello", [], *GREEDY)
+    history = last(itertools.islice(work, 3))["history"]
+    work.close()
+    page = last(do.send("me", "More", history, *GREEDY))
+    assert page["history"][3]["content"] == reply(models.tuned, models.enc, page["history"][:3], 40)
+
+
+def test_what_the_browser_kept_comes_back_only_if_it_is_a_conversation(models):
+    do = ChatHandlers(models)
+    talk = last(do.send("me", "Hello", [], *GREEDY))["history"]
+    kept = json.loads(json.dumps(talk))  # as the browser has it
+    page = do.restore(kept)
+    assert page["history"] == talk and page["idle"] == 2 and page["talk"] == conversation(talk)
+    user, said = talk
+    forged = [
+        None, "x", 7, {"role": "user"}, [None], ["x"], [[user, said]], talk[::-1], [user, user], [said, said],
+        [user, said | {"content": None}], [user | {"content": ["x"]}, said], [user | {"role": "system"}, said],
+        [user, said | {"ids": [257]}], [user, said | {"ids": [-1]}], [user, said | {"ids": [True]}],
+        [user, said | {"ids": "abc"}], [user, said | {"ids": {"a": 1}}], [user | {"content": "  "}, said],
+    ]  # fmt: skip
+    for bad in forged:
+        assert do.restore(bad)["history"] == [], bad
+    assert do.restore([user, said, user])["history"] == talk  # reloaded before the reply began
+    extra = [user | {"html": "<b>"}, said | {"busy": True}]
+    assert do.restore(extra)["history"] == talk
+    long = [user | {"content": "x" * 9_999}, said] * 50
+    restored = do.restore(long)["history"]
+    assert restored == bounded(long) == long[-len(restored):] and len(restored) % 2 == 0
+    assert sum(len(m["content"]) for m in restored) <= HISTORY_CHARS < sum(len(m["content"]) for m in long)
+    assert bounded([user | {"content": "x" * 10**6}, said])  # the last turn stays, whatever it is
+    assert checked_history(talk, 257) == talk and checked_history(talk, 1) == []
 
 
 # --- the server
@@ -378,9 +756,7 @@ def client(address):
 
 
 def text_of(message) -> str:
-    """A message's text, as Gradio hands it out: a list of typed blocks."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(block["text"] for block in content)
+    return message["content"]
 
 
 def test_the_app_answers_over_http_and_keeps_sessions_apart(served):
@@ -437,7 +813,7 @@ def test_hostile_messages_get_an_answer_or_a_notice_and_the_server_lives(served,
     if "notice" in status:
         assert box == message and page == []
     else:
-        assert text_of(page[-1]) == "ABCDEFGHIJ." and "<script" not in text_of(page[0])
+        assert text_of(page[-1]) == "ABCDEFGHIJ." and text_of(page[0]) == message.strip()  # text, not HTML
     assert len(client(address).predict("Hello", *GREEDY, api_name="/chat")[1]) == 2
 
 
@@ -480,7 +856,7 @@ met, connect, look_up = [], socket.socket.connect, socket.getaddrinfo
 socket.socket.connect = lambda self, address: (met.append(address[0]), connect(self, address))[1]
 socket.getaddrinfo = lambda host, *more, **named: (met.append(host), look_up(host, *more, **named))[1]
 from scripted import scripted_models
-from minigpt_lib.chat import build_app, launch
+from minigpt_lib.app import build_app, launch
 app = build_app(scripted_models(Path(sys.argv[1]), base="a.", tuned="AB."))
 print(launch(app, 0, block=False), flush=True)
 sys.stdin.readline()
@@ -495,7 +871,8 @@ def test_the_app_asks_no_other_machine_and_answers_none(tmp_path):
     quiet = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
     command = [sys.executable, "-c", ALONE, str(tmp_path)]
     folder, pipe = Path(__file__).parent, subprocess.PIPE
-    quiet["PYTHONPATH"] = str(folder)
+    path = os.pathsep.join([str(folder), str(folder.parent)])
+    quiet["PYTHONPATH"] = path
     with subprocess.Popen(command, cwd=folder, env=quiet, stdin=pipe, stdout=pipe, text=True) as p:
         address = p.stdout.readline().strip()
         page = client(address).predict("Hello", *GREEDY, api_name="/chat")[1]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from scripted import TINY, byte_encoding, tiny_folder
 
 from minigpt_lib.adapters import load_adapter
-from minigpt_lib.chat import ChatModels
+from minigpt_lib.chat import load_models
 from minigpt_lib.cli import build_parser, main
 from minigpt_lib.evaluation import reply
 from minigpt_lib.generation import generate
@@ -154,7 +154,7 @@ def test_ctrl_c_is_not_a_traceback(folder, capsys, monkeypatch):
 def test_generate_prints_the_prompt_and_what_the_library_generates(folder, capsys):
     assert run("generate", "Once upon", "--model", folder, "--temperature", 0, "--max-new-tokens", 30) == 0
     out = capsys.readouterr()
-    models = ChatModels.load(folder, None, "cpu")
+    models = load_models(folder, None, "cpu")
     idx = torch.tensor([models.enc.encode("Once upon")])
     ids = generate(models.base, idx, 30, temperature=0, stop_ids=(models.enc.eot_token,))[0].tolist()
     assert out.out == models.enc.decode([i for i in ids if i != models.enc.eot_token]) + "\n" and out.err == ""
@@ -162,7 +162,7 @@ def test_generate_prints_the_prompt_and_what_the_library_generates(folder, capsy
 
 def test_generate_answers_with_the_adapter_in_the_folder(folder, capsys):
     assert run("generate", "Who are you?", "--chat", "--model", folder, "--temperature", 0, "--max-new-tokens", 20) == 0
-    tuned = ChatModels.load(folder, device="cpu")
+    tuned = load_models(folder, device="cpu")
     assert capsys.readouterr().out == reply(tuned.tuned, tuned.enc, "Who are you?", 20) + "\n"
     assert (
         run(
@@ -306,7 +306,7 @@ def test_finetune_writes_an_adapter_that_chat_and_peft_find(folder, tmp_path, ca
     facts = json.loads(Path("adapter/training.json").read_text())
     assert facts["records"] == 6 and facts["heldout_loss"] > 0 and len(facts["history"]) == 8
     tuned = load_adapter(load_pretrained(folder), "adapter")
-    assert lora_layers(tuned) and ChatModels.load(folder, "adapter", "cpu").tuned is not None
+    assert lora_layers(tuned) and load_models(folder, "adapter", "cpu").tuned is not None
     assert run(*words[:-2], "--full", "--steps", 3, "--out", "full") == 0
     assert not lora_layers(load_pretrained("full"))
     before, after = load_file(folder / "model.safetensors"), load_file("full/model.safetensors")
@@ -323,12 +323,12 @@ def test_export_merges_what_transformers_then_computes(folder, seed):
     transformers = pytest.importorskip("transformers", reason="the oracle is Transformers")
     assert run("export", "--model", folder, "--adapter", folder / "adapter", "--merge", "--out", "merged") == 0
     oracle = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
-    tuned = ChatModels.load(folder, device="cpu").tuned
+    tuned = load_models(folder, device="cpu").tuned
     idx = torch.randint(256, (2, 30))
     with torch.no_grad():
         gap = (oracle(idx).logits - tuned(idx)[0]).abs().max().item()
     assert gap <= 1e-4, gap
-    alone = ChatModels.load("merged", device="cpu")
+    alone = load_models("merged", device="cpu")
     assert alone.tuned is alone.base
 
 
@@ -336,7 +336,7 @@ def test_export_without_merging_keeps_base_and_adapter_apart(folder, seed, capsy
     assert run("export", "--model", folder, "--adapter", folder / "adapter", "--out", "pair") == 0
     before, after = load_file(folder / "model.safetensors"), load_file("pair/model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    ours, theirs = ChatModels.load("pair", device="cpu"), ChatModels.load(folder, device="cpu")
+    ours, theirs = load_models("pair", device="cpu"), load_models(folder, device="cpu")
     idx = torch.randint(257, (1, 20))
     assert ours.tuned is not ours.base and torch.equal(ours.tuned(idx)[0], theirs.tuned(idx)[0])
 

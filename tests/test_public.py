@@ -18,7 +18,8 @@ NAMES = [
 ]  # fmt: skip
 ORDER = ["runtime", "tokenizer", "attention", "model", "loss", "training", "tensor_files", "tf_checkpoint", "hub"]
 ORDER += ["weights", "verify", "sampling", "cache", "generation", "lora", "adapters", "records"]
-ORDER += ["template", "batching", "sft", "evaluation", "chat", "cli", "__init__"]
+ORDER += ["template", "batching", "sft", "evaluation", "chat"]
+ORDER += ["insight", "pages", "layout", "handlers", "app", "cli", "__init__"]
 MODULES = sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem != "_modidx")
 NEEDED = {"torch", "numpy", "tiktoken", "safetensors", "regex"}  # pyproject.toml's, and what tiktoken itself needs
 LATER = ("gradio", "matplotlib", "ipywidgets", "IPython", "tqdm", "huggingface_hub", "transformers", "peft")
