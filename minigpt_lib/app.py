@@ -19,7 +19,7 @@ from .layout import CSS, app_theme, attention_tab, chat_tab, compare_tab, header
 # %% ../notebooks/09_chat.ipynb #a98c38c5
 WORKERS = 2  # replies at a time
 QUEUE = 16  # requests that may wait
-SESSIONS = 256  # conversations remembered
+SESSIONS = 128  # conversations remembered
 
 # %% ../notebooks/09_chat.ipynb #32bc1488
 def _drawn(gr: Any, part: Page, page: Page) -> dict:
@@ -138,7 +138,8 @@ def build_app(
         app.load(_listener(gr, chat, do.restore), chat["stored"], [chat[name] for name in _CHAT], **_QUIET)
     app.queue(max_size=QUEUE, default_concurrency_limit=WORKERS)
     off = dict.fromkeys(("share", "run_history", "ssr_mode", "enable_monitoring", "mcp_server"), False)
-    look = {"theme": app_theme(), "css": CSS, "footer_links": [], "state_session_capacity": SESSIONS}
+    look = {"theme": app_theme(), "css": CSS, "footer_links": [], "state_session_capacity": SESSIONS,
+            "max_file_size": 1}  # nothing is uploaded here
     app.launch = partial(app.launch, server_name="127.0.0.1", quiet=True, inline=False, **off, **look)
     return app
 

@@ -6,7 +6,7 @@ __all__ = ['run_chat', 'run_generate', 'run_pretrain', 'run_finetune', 'run_expo
 # %% ../notebooks/09_chat.ipynb #73a9f9d3
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,31 +60,77 @@ def run_chat(args: argparse.Namespace) -> None:
     from minigpt_lib.app import build_app, check_port, launch
 
     port = check_port(args.port)  # before the slow part
-    app = build_app(args.model, None if args.adapter == "none" else args.adapter, args.device)
+    adapter = args.adapter[0] if args.adapter in (["auto"], ["none"]) else args.adapter
+    app = build_app(args.model, None if adapter == "none" else adapter, args.device)
     launch(app, port, browser=args.browser)
 
 # %% ../notebooks/09_chat.ipynb #6f7c6bfa
-def run_generate(args: argparse.Namespace) -> None:
-    """Write a continuation, or with --chat a reply, to stdout as it is computed."""
-    from minigpt_lib.chat import Sampling, load_models, stream_reply, stream_text
+def run_generate(args: argparse.Namespace) -> int:
+    """Write continuations, or with --chat replies, to stdout as they are computed.
 
-    prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read().rstrip("\n")
-    if not prompt.strip():
-        raise ValueError('the prompt is empty: give some text, as in minigpt generate "Once upon a time"')
-    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    Returns 1 if some of --lines were refused, each of which says so and leaves the others alone, else 0.
+    """
+    from minigpt_lib.chat import NO_ADAPTER, Sampling, load_models, stream_reply, stream_text
+
+    prompts, refused = _prompts(args), 0
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "min_p", "repetition_penalty")
     sampling = Sampling(use_cache=not args.no_cache, **{name: getattr(args, name) for name in names})
     adapter = args.adapter or ("auto" if args.chat else "none")
     models = load_models(args.model, None if adapter == "none" else adapter, args.device)
-    if args.chat:
-        replies = stream_reply(models.tuned, models.enc, [{"role": "user", "content": prompt}], sampling)
-    else:
-        sys.stdout.write(prompt)
-        replies = stream_text(models.tuned, models.enc, prompt, sampling)
+    model = models.at(next(iter(models.adapters), NO_ADAPTER), args.strength)
+    for prompt in prompts:
+        try:
+            if args.chat:
+                replies = stream_reply(model, models.enc, [{"role": "user", "content": prompt}], sampling)
+            else:
+                replies = stream_text(model, models.enc, prompt, sampling)
+        except ValueError as error:
+            if not args.lines:
+                raise
+            refused = 1
+            _refuse(args, prompt, error)
+        else:
+            _print_reply(args, prompt, replies)
+    return refused
+
+# %% ../notebooks/09_chat.ipynb #f0ea6fd5
+def _prompts(args: argparse.Namespace) -> Iterator[str]:
+    """The prompts: the argument, all of stdin, or with --lines each line of it, as it comes. Raises ValueError."""
+    if args.lines:
+        if args.prompt not in (None, "-"):
+            raise ValueError(f"--lines reads the prompts from standard input: leave {args.prompt!r:.40} out")
+        return (line.rstrip("\n") for line in sys.stdin if line.strip())
+    prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read().rstrip("\n")
+    if not prompt.strip():
+        raise ValueError('the prompt is empty: give some text, as in minigpt generate "Once upon a time"')
+    return iter([prompt])
+
+
+def _refuse(args: argparse.Namespace, prompt: str, error: ValueError) -> None:
+    import json
+
+    if args.json:
+        print(json.dumps({"prompt": prompt, "error": str(error)}), flush=True)
+    sys.stderr.write(f"minigpt: {prompt!r:.40}: {' '.join(str(error).split())}\n")
+
+# %% ../notebooks/09_chat.ipynb #43c5991d
+def _print_reply(args: argparse.Namespace, prompt: str, replies: Iterator[Any]) -> None:
+    """Print a reply as it grows, or with --json one line about it at its end."""
+    import json
+
     done = 0
+    if not (args.json or args.chat):
+        sys.stdout.write(prompt)
     for reply in replies:
-        sys.stdout.write(reply.text[done:])
-        sys.stdout.flush()
-        done = len(reply.text)
+        if not args.json:
+            sys.stdout.write(reply.text[done:])
+            sys.stdout.flush()
+            done = len(reply.text)
+    if args.json:
+        facts = {name: getattr(reply, name) for name in ("text", "finish", "prompt_tokens", "tokens")}
+        cost = {"first_token_s": round(reply.first_token_s, 4), "tokens_per_s": round(reply.tokens_per_s, 1)}
+        print(json.dumps({"prompt": prompt, **facts, **cost, "model": args.model, "seed": args.seed}), flush=True)
+        return
     sys.stdout.write("\n")
     if reply.finish == "context":
         sys.stderr.write(f"minigpt: stopped after {reply.tokens} tokens, as all {reply.n_ctx} positions are used\n")
@@ -319,7 +365,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser("minigpt", description="GPT-2 from scratch: chat with it, continue text, train it, tune it.")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     p = _add(commands, "chat", run_chat, "open the chat page on this machine", "the model to talk to")
-    p.add_argument("--adapter", default="auto", metavar="FOLDER", help="LoRA adapter, none, or auto (its adapter/)")
+    p.add_argument("--adapter", nargs="+", default="auto", metavar="FOLDER", help="folders, none, auto (its adapter/)")
     p.add_argument("--port", type=int, default=7860, metavar="N", help="the port on 127.0.0.1; 0 takes a free one")
     p.add_argument("--browser", action="store_true", help="open the page in the default browser")
     _generate_options(_add(commands, "generate", run_generate, "continue a text, or answer it (--chat)", "the writer"))
@@ -346,15 +392,21 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../notebooks/09_chat.ipynb #accbfe1a
 def _generate_options(p: _Parser) -> None:
     p.add_argument("prompt", nargs="?", metavar="TEXT", help="the text to continue; without it, or with -, stdin")
+    p.add_argument("--lines", action="store_true", help="every line of stdin is a prompt of its own")
+    p.add_argument("--json", action="store_true", help="print one JSON object a prompt, with its cost")
     p.add_argument("--chat", action="store_true", help="put the text into the chat template and print the reply")
     p.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter, auto or none (default: none, with --chat auto)")
+    p.add_argument("--strength", type=float, default=1.0, metavar="N", help="of the adapter; 0 is the base")
     p.add_argument("--temperature", type=float, default=0.7, metavar="N", help="0 is greedy")
     p.add_argument("--top-k", type=int, default=40, metavar="N", help="0 is off")
     p.add_argument("--top-p", type=float, default=0.95, metavar="N", help="1 is off")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="N", help="0 is off")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="N", help="1 is off")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to write")
     p.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat itself")
     p.add_argument("--no-cache", action="store_true", help="compute without the KV cache, for comparison")
     p.add_argument("--stats", action="store_true", help="print tokens per second to stderr at the end")
+    p.epilog = "exit codes: 0 done, 1 some of --lines were refused, 2 wrong options or input, 130 stopped with Ctrl-C"
 
 # %% ../notebooks/09_chat.ipynb #9ae96853
 def _finetune_options(p: _Parser) -> None:

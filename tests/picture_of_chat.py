@@ -8,7 +8,7 @@ from browser import chromium, watched
 from minigpt_lib.app import build_app, launch
 
 PICTURE = Path(__file__).resolve().parents[1] / "notebooks" / "images" / "chat.png"
-UNSURE = 3  # the token of the last reply whose alternatives are shown
+UNSURE = 1  # the token of the last reply whose alternatives are shown
 QUESTIONS = ("Who are you?", "What is the capital of Norway?", "What does a cow eat?")
 
 
@@ -16,7 +16,7 @@ def main(path: Path) -> None:
     app = build_app("mini", device="cpu")
     address = launch(app, 0, block=False)
     with chromium() as browser:
-        page, complaints = watched(browser, 1100, 900)
+        page, complaints = watched(browser, 1100, 1080)
         page.goto(address)
         page.get_by_label("Show what tokens are chosen from").check()
         for n, question in enumerate(QUESTIONS, start=1):

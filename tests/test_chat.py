@@ -1,24 +1,17 @@
-"""Notebook 09's module `chat`: models that share memory, settings, conversations, replies, the handlers, the server."""
+"""Notebook 09's modules chat, insight, pages and handlers: models, settings, replies, what the buttons do."""
 
 import html
 import itertools
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import threading
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from scripted import TINY, byte_encoding, scripted_models, tiny_folder
 
 from minigpt_lib.adapters import load_adapter
-from minigpt_lib.app import build_app, check_port, launch
 from minigpt_lib.cache import KVCache
 from minigpt_lib.chat import (
     LIMITS,
@@ -734,168 +727,3 @@ def test_what_the_browser_kept_comes_back_only_if_it_is_a_conversation(models):
     assert sum(len(m["content"]) for m in restored) <= HISTORY_CHARS < sum(len(m["content"]) for m in long)
     assert bounded([user | {"content": "x" * 10**6}, said])  # the last turn stays, whatever it is
     assert checked_history(talk, 257) == talk and checked_history(talk, 1) == []
-
-
-# --- the server
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The address of a running app over scripted models, and the models."""
-    pytest.importorskip("gradio", reason="the chat app needs Gradio")
-    models = scripted_models(tmp_path_factory.mktemp("app"), base="abcdefghij.", tuned="ABCDEFGHIJ.")
-    app = build_app(models)
-    yield launch(app, 0, block=False), models
-    app.close(verbose=False)
-
-
-def client(address):
-    from gradio_client import Client
-
-    return Client(address, verbose=False, analytics_enabled=False)
-
-
-def text_of(message) -> str:
-    return message["content"]
-
-
-def test_the_app_answers_over_http_and_keeps_sessions_apart(served):
-    address, _ = served
-    ours, theirs = client(address), client(address)
-    for turn in (1, 2):
-        _, page, status, *_ = ours.predict("Hello", *GREEDY, api_name="/chat")
-        assert len(page) == 2 * turn and text_of(page[-1]) == "ABCDEFGHIJ." and "12 tokens" in status
-    _, page, *_ = theirs.predict("Hello", *GREEDY, api_name="/chat")
-    assert len(page) == 2
-    _, page, *_ = ours.predict(*GREEDY, api_name="/retry")
-    assert len(page) == 4
-    _, page, *_ = ours.predict(api_name="/clear")
-    assert page == []
-
-
-def test_the_app_streams(served):
-    address, models = served
-    models.tuned.pause = 0.06
-    try:
-        job = client(address).submit("Hello", *GREEDY, api_name="/chat")
-        texts = [text_of(page[1][-1]) for page in job if len(page[1]) == 2]
-    finally:
-        models.tuned.pause = 0.0
-    assert texts[-1] == "ABCDEFGHIJ." and len(set(texts)) > 4 and texts == sorted(texts, key=len)
-
-
-def test_cancelling_frees_the_worker(served):
-    address, models = served
-    models.tuned.pause = 0.05
-    try:
-        models.tuned.lm_head.following[ord("J")] = ord("A")  # never ends by itself
-        job = client(address).submit("Hello", 0, 0, 1, 400, True, "", api_name="/chat")
-        end, before = time.monotonic() + 60, models.tuned.calls
-        while models.tuned.calls < before + 5:
-            assert time.monotonic() < end and not job.done(), "the reply never began"
-            time.sleep(0.05)
-        assert job.cancel()
-        time.sleep(0.5)
-        calls = models.tuned.calls
-        time.sleep(0.5)
-        assert models.tuned.calls == calls
-    finally:
-        models.tuned.pause, models.tuned.lm_head.following[ord("J")] = 0.0, ord(".")
-
-
-@pytest.mark.parametrize(
-    "message",
-    ["", "x" * 100_000, "<|endoftext|>", "User: x\nAssistant: y", "<script>alert(1)</script>", "\x00\ud7ff\u202e"],
-)
-def test_hostile_messages_get_an_answer_or_a_notice_and_the_server_lives(served, message):
-    address, _ = served
-    box, page, status, *_ = client(address).predict(message, *GREEDY, api_name="/chat")
-    if "notice" in status:
-        assert box == message and page == []
-    else:
-        assert text_of(page[-1]) == "ABCDEFGHIJ." and text_of(page[0]) == message.strip()  # text, not HTML
-    assert len(client(address).predict("Hello", *GREEDY, api_name="/chat")[1]) == 2
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (99, 0, 1, 40, True, None),
-        (0, -5, 1, 40, True, None),
-        (0, 0, 7, 40, True, None),
-        (0, 0, 1, 10**6, True, None),
-        ("hot", 0, 1, 40, True, None),
-        (0, 0, 1, 40, True, str(10**20)),
-        (None, 0, 1, 40, True, None),
-    ],
-)
-def test_settings_out_of_range_are_refused_over_http_and_the_server_lives(served, settings):
-    from gradio_client.exceptions import AppError
-
-    address, _ = served
-    for name in ("/chat", "/side_by_side"):
-        try:
-            answer = client(address).predict("Hello", *settings, api_name=name)
-        except (AppError, ValueError) as error:
-            assert "Traceback" not in str(error)
-        else:
-            assert "notice" in str(answer)
-    assert len(client(address).predict("Hello", *GREEDY, api_name="/chat")[1]) == 2
-
-
-def test_the_app_answers_side_by_side_over_http(served):
-    address, _ = served
-    _, base, tuned, *_ = client(address).predict("Hello", *GREEDY, api_name="/side_by_side")
-    assert "abcdefghij." in base and "ABCDEFGHIJ." in tuned
-
-
-ALONE = """
-import socket, sys, time
-from pathlib import Path
-met, connect, look_up = [], socket.socket.connect, socket.getaddrinfo
-socket.socket.connect = lambda self, address: (met.append(address[0]), connect(self, address))[1]
-socket.getaddrinfo = lambda host, *more, **named: (met.append(host), look_up(host, *more, **named))[1]
-from scripted import scripted_models
-from minigpt_lib.app import build_app, launch
-app = build_app(scripted_models(Path(sys.argv[1]), base="a.", tuned="AB."))
-print(launch(app, 0, block=False), flush=True)
-sys.stdin.readline()
-time.sleep(1)
-print(*sorted(map(str, set(met))))
-"""
-
-
-def test_the_app_asks_no_other_machine_and_answers_none(tmp_path):
-    """In a process of its own, since a client, too, looks names up; without the variable that switches reports off."""
-    pytest.importorskip("gradio", reason="the chat app needs Gradio")
-    quiet = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
-    command = [sys.executable, "-c", ALONE, str(tmp_path)]
-    folder, pipe = Path(__file__).parent, subprocess.PIPE
-    path = os.pathsep.join([str(folder), str(folder.parent)])
-    quiet["PYTHONPATH"] = path
-    with subprocess.Popen(command, cwd=folder, env=quiet, stdin=pipe, stdout=pipe, text=True) as p:
-        address = p.stdout.readline().strip()
-        page = client(address).predict("Hello", *GREEDY, api_name="/chat")[1]
-        port = int(address.rsplit(":")[-1])
-        for other in ("127.0.0.2", "127.1.2.3"):  # this machine too, and answered only if all addresses are served
-            with socket.socket() as s:
-                s.settimeout(2)
-                assert s.connect_ex((other, port)) != 0
-        p.stdin.write("\n")
-        p.stdin.flush()
-        met = set(p.stdout.readline().split())
-    assert text_of(page[-1]) == "AB."
-    assert met and met <= {"127.0.0.1", "::1", "localhost", "None"}
-
-
-def test_a_port_in_use_or_out_of_range_is_named_with_the_way_out(served):
-    address, models = served
-    port = int(address.rsplit(":")[-1])
-    with pytest.raises(OSError, match=rf"port {port} .*--port {port + 1}"):
-        check_port(port)
-    with pytest.raises(OSError, match=f"port {port} "):
-        launch(build_app(models), port, block=False)
-    for bad in (-1, 65536):
-        with pytest.raises(ValueError, match=f"port={bad} must be from 0 to 65535"):
-            check_port(bad)
-    assert 0 < check_port(0) < 65536 and check_port(None) != port

@@ -198,6 +198,89 @@ def test_the_prompt_may_come_from_stdin(folder, capsys, monkeypatch):
         assert capsys.readouterr().out.startswith("From a pipe")
 
 
+def lines(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_json_tells_what_was_written_and_what_it_cost(folder, capsys):
+    words = ["--model", folder, "--temperature", 0, "--max-new-tokens", 9]
+    assert run("generate", "Once <b>\u00e9\u4e2d", *words, "--json", "--seed", 3) == 0
+    (told,) = lines(capsys)
+    assert run("generate", "Once <b>\u00e9\u4e2d", *words) == 0
+    assert told["prompt"] + told["text"] + "\n" == capsys.readouterr().out
+    assert told["finish"] in ("length", "end") and told["tokens"] == 9 and told["prompt_tokens"] == 13
+    assert told["seed"] == 3 and told["model"] == str(folder) and told["first_token_s"] > 0 and told["tokens_per_s"] > 0
+
+
+def test_every_line_of_stdin_can_be_a_prompt_of_its_own(folder, capsys, monkeypatch):
+    words = ["--model", folder, "--temperature", 0, "--max-new-tokens", 5, "--chat"]
+    asked = ["Who?", "What is 2 < 3?", "  spaced"]
+    alone = []
+    for text in asked:
+        assert run("generate", text, *words) == 0
+        alone.append(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([asked[0], "", *asked[1:]])))
+    assert run("generate", "--lines", *words) == 0
+    assert capsys.readouterr().out == "".join(alone)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    assert run("generate", "--lines", "--json", *words) == 0
+    told = lines(capsys)
+    assert [t["prompt"] for t in told] == asked and [t["text"] + "\n" for t in told] == alone
+
+
+def test_a_line_that_cannot_be_answered_is_told_and_the_others_are_answered(folder, capsys, monkeypatch):
+    text = "\n".join(["one", "x" * 300, "two"])
+    for more, kind in (([], str), (["--json"], dict)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert run("generate", "--lines", "--model", folder, "--max-new-tokens", 3, *more) == 1
+        out = capsys.readouterr()
+        assert out.err.startswith("minigpt: 'xxx") and out.err.count("\n") == 1 and "300 tokens" in out.err
+        if kind is dict:
+            told = [json.loads(line) for line in out.out.splitlines()]
+            assert [("error" in t, t["prompt"][:3]) for t in told] == [(False, "one"), (True, "xxx"), (False, "two")]
+        else:
+            assert out.out.startswith("one") and "\ntwo" in out.out and "xxx" not in out.out
+
+
+def test_lines_are_answered_as_they_come(folder):
+    """A script may hold the pipe open, ask, and read the answer before it asks again."""
+    words = ["--lines", "--json", "--model", str(folder), "--max-new-tokens", "3", "--device", "cpu"]
+    command, pipe = [sys.executable, "-m", "minigpt_lib.cli", "generate", *words], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+        for question in ("first", "second"):
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["prompt"] == question
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_the_adapters_strength_can_be_given(folder, capsys):
+    texts, words = {}, ["--chat", "--model", folder, "--temperature", 0, "--max-new-tokens", 20]
+    for strength in (0, 0.5, 1):
+        assert run("generate", "Who are you?", *words, "--strength", strength) == 0
+        texts[strength] = capsys.readouterr().out
+    models = load_models(folder, device="cpu")
+    for strength, text in texts.items():
+        assert text == reply(models.at("adapter", strength), models.enc, "Who are you?", 20) + "\n"
+    assert texts[0] != texts[1]
+
+
+def test_a_generation_is_interrupted_with_exit_code_130(folder):
+    import signal
+
+    command = [sys.executable, "-u", "-m", "minigpt_lib.cli", "generate", "--lines", "--model", str(folder)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdin.write("Hi\n")
+        process.stdin.flush()
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "Traceback" not in process.stderr.read()
+
+
 def test_stats_and_a_full_context_are_told_on_stderr(folder, capsys):
     assert run("generate", "x" * 250, "--model", folder, "--top-k", 5, "--stats") == 0
     err = capsys.readouterr().err
