@@ -36,6 +36,7 @@ from common import machine
 from minigpt_lib.adapters import load_adapter
 from minigpt_lib.batching import LengthBatches, encode_records
 from minigpt_lib.evaluation import complete, decode_reply, recall, reply_rates
+from minigpt_lib.files import write_atomically
 from minigpt_lib.lora import count_trainable, lora_disabled
 from minigpt_lib.loss import evaluate_loss
 from minigpt_lib.model import GPTConfig
@@ -44,7 +45,6 @@ from minigpt_lib.runtime import data_dir
 from minigpt_lib.sft import Recipe, finetune, recipe_for
 from minigpt_lib.template import encode_prompt
 from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.training import write_atomically
 from minigpt_lib.weights import load_pretrained
 
 ALL_LINEAR = ("c_attn", "c_proj", "c_fc")

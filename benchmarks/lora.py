@@ -33,10 +33,11 @@ from common import RESULTS, machine, write
 from minigpt_lib.batching import Example, LengthBatches, encode_records, pad, real_share
 from minigpt_lib.lora import add_lora, lora_parameters
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
+from minigpt_lib.optimization import TrainConfig, configure_optimizer
 from minigpt_lib.records import load_records
 from minigpt_lib.runtime import data_dir, pick_device
 from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.training import TrainConfig, configure_optimizer, train_step
+from minigpt_lib.training import train_step
 from minigpt_lib.weights import to_hf_state
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "alpaca" / "alpaca_en_demo.json"

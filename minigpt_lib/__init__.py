@@ -49,7 +49,8 @@ _PUBLIC = {
     "sft": ("finetune",),
     "app": ("build_app",),
 }
-_MODULES = ("runtime", "loss", "training", "tensor_files", "tf_checkpoint", "hub", "verify",
+_TRAINING = ("files", "loss", "corpus", "optimization", "distributed", "watch", "checkpoints", "training")
+_MODULES = ("runtime", *_TRAINING, "tensor_files", "tf_checkpoint", "hub", "verify",
             "sampling", "records", "batching", "evaluation", "cli", *_PUBLIC)
 _MODULES += ("chat", "insight", "pages", "layout", "handlers")
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

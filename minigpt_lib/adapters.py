@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .files import write_atomically
 from .lora import LoRAConfig, LoRALinear, add_lora, lora_configs, lora_layers, target_layers
 from .model import GPTLanguageModel
-from .training import write_atomically
 
 # %% ../notebooks/07_lora.ipynb #360e5e01
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -39,7 +39,8 @@ def _add_training(p: _Parser, **defaults: Any) -> None:
     for name, text in texts.items():
         kind, value = float if name == "lr" else int, defaults.get(name.replace("-", "_"))
         p.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=text)
-    p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16 is autocast")
+    choices = ("fp32", "bf16", "fp16", "auto")
+    p.add_argument("--precision", default="fp32", choices=choices, help="all but fp32 are autocast")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
 
 # %% ../notebooks/09_chat.ipynb #ed0df556
@@ -49,7 +50,7 @@ def _out_folder(out: str, resume: bool) -> Path:
     for name, what in (("model.safetensors", "a model"), ("adapter_model.safetensors", "an adapter")):
         if (folder / name).exists():
             raise ValueError(f"--out {out} holds {what} already: choose another folder, or delete that one")
-    if (folder / "checkpoint.pt").exists() != resume:
+    if any(folder.glob("checkpoint-*.pt")) != resume:
         hint = "an unfinished run is there: add --resume, or choose another folder"
         raise ValueError(f"--out {out}: {'there is nothing to --resume' if resume else hint}")
     return folder
@@ -142,8 +143,13 @@ def _print_reply(args: argparse.Namespace, prompt: str, replies: Iterator[Any]) 
 def run_pretrain(args: argparse.Namespace) -> None:
     """Train a new model from scratch and write its folder, with training.json and loss.png."""
     _figure()  # better missed now than after the training
+    import os
+
+    from minigpt_lib.corpus import heldout_batches, load_tokens
+    from minigpt_lib.loss import evaluate_loss
+    from minigpt_lib.optimization import TrainConfig
     from minigpt_lib.runtime import data_dir, pick_device
-    from minigpt_lib.training import TrainConfig, encode_corpus, evaluate_loss, heldout_batches, pretrain
+    from minigpt_lib.training import pretrain
     from minigpt_lib.weights import load_pretrained, save_pretrained
 
     out, config, enc = _out_folder(args.out, args.resume), *_shape(args.init or args.model)
@@ -155,14 +161,20 @@ def run_pretrain(args: argparse.Namespace) -> None:
     warmup, every = min(args.warmup, args.steps // 10), max(1, args.steps // 20)
     cfg = TrainConfig(args.steps, args.batch_size, args.accumulate, args.lr, args.lr / 20, warmup, eval_every=every,
                       precision=args.precision, checkpoint_every=200, seed=args.seed)
-    model, history = pretrain(corpus, enc, cfg, config=config, start=start, window=window, heldout=heldout, folder=out,
-                              resume=args.resume, device=pick_device(args.device))
+    tokens = None if corpus[0].suffix == ".tokens" else out / "train.tokens"
+    model, history = pretrain(corpus[0] if len(corpus) == 1 else corpus, enc, cfg, config=None if start else config,
+                              start=start, window=window, heldout=heldout, folder=out, resume=args.resume,
+                              device=pick_device(args.device), tokens=tokens, prompt=args.prompt)  # fmt: skip
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process alone writes
+        return
     save_pretrained(model, out, enc)
-    held = heldout_batches(encode_corpus(heldout, enc), window, cfg.batch_size) if heldout else []
+    held = heldout_batches(load_tokens(heldout, enc), window, cfg.batch_size) if heldout else []
     loss = evaluate_loss(model, held) if held else None
     facts = _facts(model, enc) if corpus[0].resolve().parent == course.resolve() else None
-    tokens = cfg.batch_size * cfg.accumulate * window
-    minutes = sum(tokens / step["tokens_per_s"] for step in history) / 60
+    size = cfg.batch_size * cfg.accumulate * window
+    minutes = sum(size / step["tokens_per_s"] for step in history) / 60
+    if tokens is not None:
+        tokens.unlink(missing_ok=True)
     _record(out, args, model, cfg, history, minutes, heldout_loss=loss, facts=facts, window=window)
     print(f"{out} holds the model{f', held-out loss {loss:.3f}' if loss else ''}: minigpt generate TEXT --model {out}")
 
@@ -206,7 +218,8 @@ def _record(
 
     import torch
 
-    from minigpt_lib.training import write_atomically
+    from minigpt_lib.checkpoints import delete_checkpoints
+    from minigpt_lib.files import write_atomically
 
     every = -(-len(history) // 400)
     facts = {
@@ -222,7 +235,7 @@ def _record(
     text = json.dumps(facts, indent=1) + "\n"
     write_atomically(out / "training.json", lambda path: path.write_text(text, encoding="utf-8"))
     _draw_loss(history, out / "loss.png")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    delete_checkpoints(out)
 
 # %% ../notebooks/09_chat.ipynb #2d53ae79
 def _figure() -> Any:
@@ -377,6 +390,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="runs/base", metavar="FOLDER", help="where the model goes")
     _add_training(p, steps=4400, batch_size=4, lr=2e-3, seed=0)
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per update")
+    p.add_argument("--prompt", metavar="TEXT", help="text to continue as the run goes")
     p.add_argument("--window", type=int, metavar="N", help="tokens per row (default: 512, or all positions)")
     p.add_argument("--warmup", type=int, default=200, metavar="N", help="updates until the highest learning rate")
     _finetune_options(_add(commands, "finetune", run_finetune, "teach a model to answer", "the model to tune"))

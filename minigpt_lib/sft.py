@@ -13,11 +13,15 @@ import torch
 
 from .adapters import save_adapter
 from .batching import LengthBatches, encode_records, pack, pad
+from .checkpoints import delete_checkpoints
+from .files import write_atomically
 from .lora import LoRALinear, add_lora, lora_configs, lora_layers
 from .loss import evaluate_loss
 from .model import GPTConfig, GPTLanguageModel
+from .optimization import TrainConfig
 from .records import Record, check_records, with_history
-from .training import History, TrainConfig, train, write_atomically
+from .training import train
+from .watch import History
 from .weights import save_pretrained
 
 # %% auto #0
@@ -132,4 +136,4 @@ def _save_tuned(
         save_pretrained(model, folder, enc)
     facts = facts | {"train": asdict(cfg), "loss": history[-1]["loss"], "val_loss": history[-1].get("val_loss")}
     write_atomically(folder / "training.json", lambda t: t.write_text(json.dumps(facts, indent=2) + "\n", "utf-8"))
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    delete_checkpoints(folder)

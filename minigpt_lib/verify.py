@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from .files import write_atomically
 from .hub import HUB
 from .model import GPTLanguageModel
 from .tensor_files import WeightsError
 from .tokenizer import load_tokenizer
-from .training import write_atomically
 from .weights import load_pretrained, model_folder, parameter_shapes
 
 # %% ../notebooks/05_loading_weights.ipynb #a1776661

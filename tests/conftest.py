@@ -30,3 +30,10 @@ def gpt2_encoding() -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests raises several kinds
         pytest.skip(f"GPT-2's vocabulary is not at hand (set TIKTOKEN_CACHE_DIR): {type(error).__name__}")
+
+
+@pytest.fixture
+def byte_encoding() -> tiktoken.Encoding:
+    """256 bytes and the special token: enough to check what is encoded."""
+    ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})

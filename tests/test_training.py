@@ -1,57 +1,23 @@
 """minigpt_lib.training against plain PyTorch, Transformers, explicit formulas, and real kills."""
 
-import json
 import math
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
-from tiny import TINY, T, V, batch_of, build, flat, losses, windows_of
+from tiny import TINY, V, batch_of, build, flat, losses, windows_of
 
-from minigpt_lib import training
+from minigpt_lib.loss import count_targets, summed_loss
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.training import (
-    TokenWindows,
-    TrainConfig,
-    configure_optimizer,
-    count_targets,
-    encode_corpus,
-    evaluate_loss,
-    heldout_batches,
-    interrupt_flag,
-    is_due,
-    load_checkpoint,
-    lr_at,
-    pretrain,
-    progress_bar,
-    read_documents,
-    run_step,
-    save_checkpoint,
-    summed_loss,
-    train,
-    train_step,
-    write_atomically,
-)
+from minigpt_lib.optimization import TrainConfig, configure_optimizer, lr_at
+from minigpt_lib.training import is_due, pretrain, run_step, train, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 MATRICES = ("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-@pytest.fixture
-def byte_encoding() -> tiktoken.Encoding:
-    """256 bytes and the special token: enough to check what is encoded."""
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
 
 
 # ---- the loop against independent ones ------------------------------------------------------------------------------
@@ -263,81 +229,6 @@ def test_gradient_checkpointing_is_used_inside_the_loop(seed, monkeypatch):
     assert len(calls) == 2 * TINY.n_layer and not model.training
 
 
-# ---- windows and the corpus -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trial", range(4))
-def test_an_epoch_uses_every_id_once_and_targets_are_shifted_by_one(trial, seed):
-    rng = random.Random(seed + trial)
-    window, per_epoch, rest = rng.randint(1, 9), rng.randint(2, 12), rng.choice([0, 1, 3])
-    n = window * per_epoch + min(rest, window - 1)
-    batch_size = rng.randint(1, per_epoch)
-    tokens = np.arange(n)
-    windows = TokenWindows(tokens, window, batch_size, seed=seed)
-    batches = [windows.batch(i) for i in range(3 * per_epoch)]
-    idx, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert idx.dtype == targets.dtype == torch.int64 and batches[0][0].shape == (batch_size, window)
-    assert torch.equal(targets, (idx + 1) % n), "each target is the id after its input"
-    assert torch.equal(idx[:, 1:], targets[:, :-1])
-    for epoch in range(3):
-        used = targets[epoch * per_epoch : (epoch + 1) * per_epoch].flatten().tolist()
-        assert len(used) == len(set(used)) == window * per_epoch > n - window, f"epoch {epoch} (seed {seed})"
-        if n % window == 0:
-            assert sorted(used) == list(range(n))
-    if per_epoch >= 8:
-        assert not torch.equal(idx[:per_epoch], idx[per_epoch : 2 * per_epoch]), "epochs differ"
-
-
-def test_batches_are_a_pure_function_of_their_number(seed):
-    a, b = windows_of(seed, n=200), windows_of(seed, n=200)
-    order = list(range(40))
-    forward = [a.batch(i) for i in order]
-    random.Random(seed).shuffle(order)
-    for i in order:
-        assert all(torch.equal(x, y) for x, y in zip(b.batch(i), forward[i], strict=True)), f"batch {i} (seed {seed})"
-    other = TokenWindows(a.tokens, T, 4, seed=seed + 1)
-    assert any(not torch.equal(other.batch(i)[0], forward[i][0]) for i in range(5))
-
-
-def test_heldout_batches_count_each_target_once_in_order(seed):
-    n = random.Random(seed).randint(30, 90)
-    batches = heldout_batches(np.arange(n), window=7, batch_size=3)
-    idx, targets = (torch.cat(parts).flatten() for parts in zip(*batches, strict=True))
-    whole = (n - 1) // 7 * 7
-    assert idx.tolist() == list(range(whole)) and targets.tolist() == list(range(1, whole + 1))
-    assert len(heldout_batches(np.arange(n), 7, 1, limit=2)) == 2
-
-
-def test_the_corpus_is_encoded_as_tiktoken_does(tmp_path, byte_encoding, seed):
-    rng = random.Random(seed)
-    alphabet = "ab é\n\t漢🙂'<|>"
-    documents = ["".join(rng.choices(alphabet, k=rng.randint(1, 60))).strip() or "x" for _ in range(30)]
-    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(documents[:20]) + "\n<|endoftext|>\n", "utf-8")
-    (tmp_path / "b.txt").write_text("<|endoftext|>".join(documents[20:]), "utf-8")  # not on a line of its own
-    assert read_documents(tmp_path / "a.txt") == documents[:20]
-    expected = byte_encoding.encode("".join(d + "<|endoftext|>" for d in documents), allowed_special="all")
-    ids = encode_corpus([tmp_path / "a.txt", tmp_path / "b.txt"], byte_encoding)
-    assert ids.dtype == np.uint16 and ids.tolist() == expected, f"seed {seed}"
-    second = encode_corpus(str(tmp_path / "b.txt"), byte_encoding).tolist()
-    assert second == expected[-len(second) :] and second.count(256) == 10
-
-
-def test_bad_corpora_are_refused(tmp_path, byte_encoding):
-    with pytest.raises(FileNotFoundError, match=r"no corpus file .*missing\.txt"):
-        encode_corpus(tmp_path / "missing.txt", byte_encoding)
-    (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n \n")
-    with pytest.raises(ValueError, match=r"empty\.txt holds no text"):
-        encode_corpus(tmp_path / "empty.txt", byte_encoding)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: byte 3"):
-        encode_corpus(tmp_path / "latin.txt", byte_encoding)
-    ranks = {bytes([i]): i for i in range(256)}
-    special = {"<|endoftext|>": 70_000}
-    wide = tiktoken.Encoding("wide", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
-    with pytest.raises(ValueError, match="70001 tokens do not fit .* 65535"):
-        encode_corpus(tmp_path / "latin.txt", wide)
-
-
 # ---- learning -------------------------------------------------------------------------------------------------------
 
 
@@ -349,21 +240,6 @@ def test_one_batch_is_learnt_by_heart(share, seed):
     cfg = TrainConfig(steps=120, lr=1e-2, warmup=5, min_lr=1e-3)
     history = train(model, lambda i: (idx, targets), cfg, progress=False)
     assert history[0]["loss"] > 3 and history[-1]["loss"] < 0.05, f"{history[-1]['loss']} (seed {seed})"
-
-
-def test_frozen_parameters_stay_and_are_not_stored(tmp_path, seed):
-    model = build(seed)
-    for name, p in model.named_parameters():
-        p.requires_grad_("c_attn" in name)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, windows_of(seed).batch, TrainConfig(steps=3), folder=tmp_path, progress=False)
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) is ("c_attn" not in name), name
-    stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    assert stored and all("c_attn" in name for name in stored)
-    model.requires_grad_(False)
-    with pytest.raises(ValueError, match="nothing to train"):
-        train(model, windows_of(seed).batch, TrainConfig(steps=1), progress=False)
 
 
 def test_train_restores_mode_gradients_and_random_state(seed):
@@ -382,24 +258,6 @@ def test_train_restores_mode_gradients_and_random_state(seed):
     assert losses(first) != losses(other), "another seed, another dropout"
 
 
-def test_history_evaluation_and_jsonl(tmp_path, seed):
-    cfg, seen, measured = TrainConfig(steps=7, eval_every=3, lr=1e-3, min_lr=1e-4, warmup=2), [], []
-
-    def evaluate():
-        measured.append(evaluate_loss(model, [batch_of(seed, 4)]))
-        return measured[-1]
-
-    model = build(seed)
-    options = {"evaluate": evaluate, "on_step": lambda r: seen.append(dict(r)), "folder": tmp_path, "progress": False}
-    history = train(model, windows_of(seed).batch, cfg, **options)
-    assert [r["step"] for r in history] == list(range(7)) and seen == history
-    assert [r["lr"] for r in history] == [lr_at(step, cfg) for step in range(7)]
-    assert [r["step"] for r in history if "val_loss" in r] == [2, 5, 6]
-    assert [r["val_loss"] for r in history if "val_loss" in r] == measured
-    assert all(r["tokens_per_s"] > 0 and r["grad_norm"] > 0 for r in history)
-    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
-
-
 def test_due():
     assert [s for s in range(10) if is_due(s, 4, 10)] == [3, 7, 9] and [s for s in range(5) if is_due(s, 0, 5)] == [4]
 
@@ -409,178 +267,6 @@ def test_run_step_numbers_its_micro_batches(seed):
     cfg = TrainConfig(steps=9, accumulate=3)
     run_step(model, configure_optimizer(model, cfg), lambda i: asked.append(i) or windows.batch(i), 4, cfg)
     assert asked == [12, 13, 14]
-
-
-# ---- interruptions --------------------------------------------------------------------------------------------------
-
-RUN = TrainConfig(steps=12, lr=3e-3, warmup=3, accumulate=2, checkpoint_every=3)
-
-
-def whole_run(seed):
-    return train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, progress=False)
-
-
-@pytest.mark.parametrize("at", [2, 3, 7])
-def test_resume_is_bit_equal(tmp_path, at, seed):
-    def fail(record):
-        if record["step"] == at:
-            raise RuntimeError("pulled the plug")
-
-    with pytest.raises(RuntimeError):
-        options = {"on_step": fail, "folder": tmp_path, "progress": False}
-        train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, **options)
-    if at == 2:  # killed before the first checkpoint
-        with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt to resume from: start with resume=False"):
-            train(build(seed), windows_of(seed).batch, RUN, folder=tmp_path, resume=True, progress=False)
-        return
-    model, seen = build(seed + 1, dropout=0.1), []  # other weights: all must come from the file
-    resumed = train(
-        model, windows_of(seed).batch, RUN, folder=tmp_path, resume=True, on_step=seen.append, progress=False
-    )
-    assert seen[0]["step"] == at // 3 * 3, "goes on after the last checkpoint"
-    straight = build(seed, dropout=0.1)
-    expected = train(straight, windows_of(seed).batch, RUN, progress=False)
-    assert losses(resumed) == losses(expected) and [r["step"] for r in resumed] == list(range(12)), f"seed {seed}"
-    assert torch.equal(flat(model), flat(straight)), f"seed {seed}"
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 12
-    again = train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, folder=tmp_path, resume=True, progress=False)
-    assert losses(again) == losses(expected), "a finished run is not run again"
-
-
-CHILD = """
-import sys, time
-sys.path.insert(0, "tests")
-import torch
-import test_training as t
-folder, seed, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(threads)
-cfg = t.replace(t.RUN, steps=10_000, checkpoint_every=1)
-t.train(t.build(seed, dropout=0.1), t.windows_of(seed).batch, cfg, folder=folder, progress=False)
-"""
-
-
-def test_sigkill_and_resume_is_bit_equal(tmp_path, seed):
-    """A real process, killed without warning while it writes a checkpoint in every step."""
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(seed), str(torch.get_num_threads())]
-    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "history.jsonl"
-    wanted, deadline = random.Random(seed).randint(3, 12), time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > wanted):
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[1]
-        time.sleep(0.002)
-    child.kill()
-    child.communicate()
-    done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert done >= wanted and child.returncode != 0
-    cfg = replace(RUN, steps=10_000, checkpoint_every=0)
-
-    def stop_after(record):
-        if record["step"] == done + 4:
-            raise RuntimeError("enough")
-
-    runs = []
-    for options in ({"folder": tmp_path, "resume": True}, {}):
-        seen = []
-        with pytest.raises(RuntimeError, match="enough"):
-            watch = lambda r, seen=seen: seen.append(r["loss"]) or stop_after(r)  # noqa: E731
-            train(build(seed, dropout=0.1), windows_of(seed).batch, cfg, on_step=watch, progress=False, **options)
-        runs.append(seen)
-    resumed, straight = runs
-    assert len(resumed) == 5 and resumed == straight[done:], f"killed after {done} steps (seed {seed})"
-    written = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert written[:done] == straight[:done], f"seed {seed}"
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_torn_checkpoint_is_refused(tmp_path, share, seed):
-    train(build(seed), windows_of(seed).batch, replace(RUN, steps=4), folder=tmp_path, progress=False)
-    path = tmp_path / "checkpoint.pt"
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged .*delete it"):
-        train(build(seed), windows_of(seed).batch, replace(RUN, steps=4), folder=tmp_path, resume=True, progress=False)
-    torch.save({"something": "else"}, path)
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        train(build(seed), windows_of(seed).batch, replace(RUN, steps=4), folder=tmp_path, resume=True, progress=False)
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, seed, monkeypatch):
-    model = build(seed)
-    optimizer = configure_optimizer(model, RUN)
-    path = save_checkpoint(tmp_path, model, optimizer, 1, [], RUN)
-    before = path.read_bytes()
-
-    def half(state, target):
-        Path(target).write_bytes(before[:100])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path, model, optimizer, 2, [], RUN)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(training.os, name)
-        monkeypatch.setattr(training.os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
-    write_atomically(tmp_path / "new" / "a.txt", lambda p: p.write_text("x"))
-    assert calls == ["fsync", "replace"] and (tmp_path / "new" / "a.txt").read_text() == "x"
-
-
-def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(tmp_path, seed):
-    train(build(seed), windows_of(seed).batch, RUN, folder=tmp_path, progress=False)
-
-    def refuse(model, cfg, message):
-        before = flat(model)
-        with pytest.raises(ValueError, match=message):
-            load_checkpoint(tmp_path, model, configure_optimizer(model, cfg), cfg)
-        assert torch.equal(flat(model), before)
-
-    refuse(build(seed, n_layer=1), RUN, "another model: n_layer is 2 there and 1 here")
-    refuse(build(seed, n_head=2), RUN, "another model: n_head is 3 there and 2 here")
-    refuse(build(seed), replace(RUN, lr=1e-3), "another TrainConfig: lr is 0.003 there and 0.001 here")
-    refuse(build(seed), replace(RUN, steps=13), "another TrainConfig: steps is 12 there and 13 here")
-    frozen = build(seed)
-    frozen.wpe.weight.requires_grad_(False)
-    refuse(frozen, RUN, r"another set of trained parameters: wpe\.weight")
-    model = build(seed + 1)
-    loose = replace(RUN, eval_every=5, checkpoint_every=0)  # these change no weight
-    step, history = load_checkpoint(tmp_path, model, configure_optimizer(model, loose), loose)
-    assert step == 12 and len(history) == 12
-    with pytest.raises(ValueError, match="resume=True needs folder"):
-        train(build(seed), windows_of(seed).batch, RUN, resume=True, progress=False)
-
-
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, seed):
-    def press(record):
-        if record["step"] == 4:
-            signal.raise_signal(signal.SIGINT)
-
-    handler = signal.getsignal(signal.SIGINT)
-    options = {"on_step": press, "progress": False}
-    with pytest.raises(KeyboardInterrupt, match=r"stopped after 5 of 12 steps: .*resume=True"):
-        train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, folder=tmp_path, **options)
-    with pytest.raises(KeyboardInterrupt, match="stopped after 5 of 12 steps: nothing is saved"):
-        train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, **options)
-    assert signal.getsignal(signal.SIGINT) is handler
-    resumed = train(
-        build(seed, dropout=0.1), windows_of(seed).batch, RUN, folder=tmp_path, resume=True, progress=False
-    )
-    assert losses(resumed) == losses(whole_run(seed)), f"seed {seed}"
-
-
-def test_a_second_ctrl_c_stops_at_once_and_threads_may_train(seed):
-    with pytest.raises(KeyboardInterrupt), interrupt_flag() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
-        signal.raise_signal(signal.SIGINT)
-    out = []
-    worker = threading.Thread(target=lambda: out.append(whole_run(seed)))
-    worker.start()
-    worker.join()
-    assert len(out[0]) == 12
 
 
 @pytest.mark.parametrize("poison", ["weight", "gradient"])
@@ -597,24 +283,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_moves_nothing(poison, seed
         return windows.batch(i)
 
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is .*lower lr than 0\.003"):
-        train(model, batch_at, replace(RUN, accumulate=1), progress=False)
+        train(model, batch_at, TrainConfig(steps=12, lr=3e-3, warmup=3), progress=False)
     assert torch.equal(flat(model), before["weights"])
-
-
-def test_progress_goes_to_stderr_and_needs_tqdm(seed, capsys, monkeypatch):
-    train(build(seed), windows_of(seed).batch, TrainConfig(steps=3))
-    captured = capsys.readouterr()
-    assert captured.out == "" and "3/3" in captured.err and "loss" in captured.err
-    train(build(seed), windows_of(seed).batch, TrainConfig(steps=3), progress=False)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    model = build(seed)
-    before = flat(model)
-    with pytest.raises(ImportError, match=r"pip install \"minigpt-lib\[course\]\""):
-        train(model, windows_of(seed).batch, TrainConfig(steps=3))
-    assert torch.equal(flat(model), before)
-    with progress_bar(0, 3, show=False) as show:
-        show({"loss": 1.0})
 
 
 # ---- bad input, and the whole recipe --------------------------------------------------------------------------------
@@ -635,7 +305,8 @@ def test_progress_goes_to_stderr_and_needs_tqdm(seed, capsys, monkeypatch):
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
         ({"grad_clip": -1.0}, "grad_clip=-1.0 must be at least 0"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\) must be two in \[0, 1\)"),
-        ({"precision": "fp8"}, "precision='fp8' must be 'fp32' or 'bf16'"),
+        ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16, fp16, auto"),
+        ({"decay": "step"}, "decay='step' must be one of cosine, linear"),
         ({"eval_every": -1}, "eval_every=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
@@ -643,17 +314,6 @@ def test_progress_goes_to_stderr_and_needs_tqdm(seed, capsys, monkeypatch):
 def test_nonsense_is_refused_when_the_config_is_made(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**wrong)
-
-
-def test_bad_windows_are_refused():
-    for call in (lambda w, b: TokenWindows(np.arange(8), w, b), lambda w, b: heldout_batches(np.arange(8), w, b)):
-        with pytest.raises(ValueError, match="window=0 must be at least 1"):
-            call(0, 1)
-        with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
-            call(1, 0)
-        with pytest.raises(ValueError, match="has 8 tokens, one window of 8 needs 9"):
-            call(8, 1)
-        call(7, 1)
 
 
 def test_pretrain_learns_and_is_reproducible(tmp_path, byte_encoding, seed):
@@ -667,7 +327,7 @@ def test_pretrain_learns_and_is_reproducible(tmp_path, byte_encoding, seed):
     )
     assert not model.training and abs(history[0]["loss"] - math.log(257)) < 0.3
     assert history[-1]["val_loss"] < 3 < history[0]["loss"], f"{history[-1]} (seed {seed})"
-    assert torch.equal(torch.get_rng_state(), state) and (tmp_path / "run" / "checkpoint.pt").is_file()
+    assert torch.equal(torch.get_rng_state(), state) and (tmp_path / "run" / "checkpoint-00000080.pt").is_file()
     again, other = pretrain(tmp_path / "train.txt", byte_encoding, cfg, **options, progress=False)
     assert losses(other) == losses(history) and torch.equal(flat(again), flat(model)), f"seed {seed}"
     resumed, _ = pretrain(

@@ -1,0 +1,136 @@
+"""minigpt_lib.watch: what is shown and written while a run goes on."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from tiny import batch_of, build, flat, windows_of
+
+from minigpt_lib.loss import evaluate_loss
+from minigpt_lib.optimization import TrainConfig, lr_at
+from minigpt_lib.training import train
+from minigpt_lib.watch import (
+    flops_per_token,
+    live_plot,
+    measured_peak,
+    progress_bar,
+    sample_text,
+    tensorboard_log,
+)
+
+
+def test_history_evaluation_and_jsonl(tmp_path, seed):
+    cfg, seen, measured = TrainConfig(steps=7, eval_every=3, lr=1e-3, min_lr=1e-4, warmup=2), [], []
+
+    def evaluate():
+        measured.append(evaluate_loss(model, [batch_of(seed, 4)]))
+        return measured[-1]
+
+    model = build(seed)
+    options = {"evaluate": evaluate, "on_step": lambda r: seen.append(dict(r)), "folder": tmp_path, "progress": False}
+    history = train(model, windows_of(seed).batch, cfg, **options)
+    assert [r["step"] for r in history] == list(range(7)) and seen == history
+    assert [r["lr"] for r in history] == [lr_at(step, cfg) for step in range(7)]
+    assert [r["step"] for r in history if "val_loss" in r] == [2, 5, 6]
+    assert [r["val_loss"] for r in history if "val_loss" in r] == measured
+    assert all(r["tokens_per_s"] > 0 and r["grad_norm"] > 0 for r in history)
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
+
+
+def test_progress_goes_to_stderr_and_needs_tqdm(seed, capsys, monkeypatch):
+    train(build(seed), windows_of(seed).batch, TrainConfig(steps=3))
+    captured = capsys.readouterr()
+    assert captured.out == "" and "3/3" in captured.err and "loss" in captured.err
+    train(build(seed), windows_of(seed).batch, TrainConfig(steps=3), progress=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    model = build(seed)
+    before = flat(model)
+    with pytest.raises(ImportError, match=r"pip install \"minigpt-lib\[course\]\""):
+        train(model, windows_of(seed).batch, TrainConfig(steps=3))
+    assert torch.equal(flat(model), before)
+    with progress_bar(0, 3, show=False) as show:
+        show({"loss": 1.0})
+
+
+def test_flops_equal_what_pytorch_counts(seed):
+    """Against PyTorch's counter, which sees the products as they run, those of explicit attention included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    B, T = 3, 12
+    idx, targets = batch_of(seed, B)
+    for frozen in (False, True):
+        model = build(seed)
+        model.h[0].requires_grad_(not frozen)
+        for block in model.h:
+            block.attn.fused = False
+        with FlopCounterMode(display=False) as counter:
+            model(idx, targets)[1].backward()
+        assert counter.get_total_flops() == B * T * flops_per_token(model, T), f"frozen {frozen}"
+
+
+def test_the_peak_is_one_that_a_matrix_product_reaches():
+    peak = measured_peak(torch.device("cpu"))
+    assert 1e9 < peak < 1e15
+    assert measured_peak(torch.device("cpu"), torch.bfloat16) > 1e8
+
+
+def test_the_bar_shows_the_share_of_the_peak_and_samples(capsys):
+    with progress_bar(0, 4, cost=0.25 / 1000) as show:
+        show({"step": 0, "loss": 2.0, "tokens_per_s": 1000.0, "sample": "Once upon a time"})
+    assert "loss 2.000, 1,000 tokens/s, 25% of peak" in (shown := capsys.readouterr().err)
+    assert "step 1: Once upon a time" in shown
+
+
+def test_samples_come_with_the_evaluations_and_change_nothing(tmp_path, byte_encoding, seed):
+    model = build(seed, vocab_size=257, dropout=0.2)
+    windows = windows_of(seed)
+    cfg = TrainConfig(steps=5, eval_every=2)
+    look = lambda: sample_text(model, byte_encoding, "ab", n=20)  # noqa: E731
+    history = train(model, windows.batch, cfg, sample=look, folder=tmp_path, progress=False)
+    assert [r["step"] for r in history if "sample" in r] == [1, 3, 4]
+    assert all(r["sample"].startswith("ab") for r in history if "sample" in r)
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
+    plain = train(build(seed, vocab_size=257, dropout=0.2), windows.batch, cfg, progress=False)
+    assert [r["loss"] for r in plain] == [r["loss"] for r in history]
+    state = torch.get_rng_state()
+    model.train()
+    assert sample_text(model, byte_encoding, "ab", n=30, seed=3) == sample_text(
+        model, byte_encoding, "ab", n=30, seed=3
+    )
+    assert model.training and torch.equal(torch.get_rng_state(), state), "n_ctx is passed, too"
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    written = []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda *a: written.append(a), add_text=lambda *a: written.append(a), flush=lambda: None
+    )
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = lambda folder: writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    tensorboard_log(tmp_path)({"step": 3, "loss": 1.5, "sample": "Hi"})
+    assert written == [("loss", 1.5, 3), ("sample", "Hi", 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        tensorboard_log(tmp_path)
+
+
+def test_the_live_plot_is_drawn_anew_in_place(monkeypatch):
+    import IPython.display
+
+    shown = []
+    handle = types.SimpleNamespace(update=lambda image: shown.append(("update", image.data)))
+    monkeypatch.setattr(
+        IPython.display, "display", lambda image, display_id: shown.append(("new", image.data)) or handle
+    )
+    draw = live_plot(every=3)
+    for step in range(7):
+        draw({"step": step, "loss": 5.0 - step} | ({"val_loss": 4.0} if step == 3 else {}))
+    assert [kind for kind, _ in shown] == ["new", "update", "update"]
+    assert all(data.startswith(b"\x89PNG") for _, data in shown) and len({data for _, data in shown}) == 3
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"minigpt-lib\[course\]"):
+        live_plot()
