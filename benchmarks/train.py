@@ -81,10 +81,18 @@ def status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def warm_up(args: argparse.Namespace) -> None:
+    """Load what PyTorch and the peer load on first use: libraries are not the model's memory."""
+    if args.memory == PEER and not args.nanogpt:
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    p = nn.Parameter(torch.ones(64, 64))
+    F.cross_entropy(p @ p, torch.zeros(64, dtype=torch.int64)).backward()
+    torch.optim.AdamW([p]).step()
+
+
 def measure_memory(args: argparse.Namespace) -> None:
     """In a process of its own: two steps (the second one has the optimizer's moments), then what was needed at most."""
-    a = torch.ones(64, 64)
-    (a @ a).sum().item()  # the libraries' own buffers are not the model's
+    warm_up(args)
     before = status("VmRSS")
     model, step = peer(args) if args.memory == PEER else ours(args, recompute=args.memory == RECOMPUTED)
     state = 4 * sum(p.numel() * 4 for p in model.parameters())

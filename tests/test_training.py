@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from tiny import TINY, V, batch_of, build, flat, losses, windows_of
 
+from minigpt_lib.corpus import TokenWindows, encode_corpus
 from minigpt_lib.loss import count_targets, summed_loss
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.optimization import TrainConfig, configure_optimizer, lr_at
@@ -355,3 +357,82 @@ def test_mini_is_the_default_model(tmp_path, byte_encoding):
     cfg = TrainConfig(steps=1, batch_size=1)
     model, _ = pretrain(tmp_path / "text.txt", byte_encoding, cfg, window=8, progress=False)
     assert model.config == GPTConfig.preset("mini")
+
+
+def test_pretrain_goes_on_from_a_model(tmp_path, byte_encoding, seed):
+    (tmp_path / "text.txt").write_text("a few words, again and again. " * 20, "utf-8")
+    start = build(seed, vocab_size=257)
+    before = flat(start)
+    options = {"start": start, "window": 8, "device": torch.device("cpu"), "progress": False}
+    model, history = pretrain(tmp_path / "text.txt", byte_encoding, TrainConfig(steps=3, lr=1e-2), **options)
+    assert model is start and len(history) == 3 and not torch.equal(flat(start), before), "trained in place"
+    windows = TokenWindows(encode_corpus(tmp_path / "text.txt", byte_encoding), 8, 8)
+    expected = build(seed, vocab_size=257)(*windows.batch(0))[1].item()
+    assert abs(history[0]["loss"] - expected) < 1e-5, f"its own weights were the start (seed {seed})"
+    with pytest.raises(ValueError, match="config and start exclude each other"):
+        pretrain(tmp_path / "text.txt", byte_encoding, TrainConfig(steps=1), config=TINY, **options)
+
+
+def test_pretrain_reads_token_files_and_refuses_those_of_another_tokenizer(tmp_path, byte_encoding, seed):
+    (tmp_path / "text.txt").write_text("a few words, again and again. " * 20, "utf-8")
+    config = replace(TINY, vocab_size=257)
+    options = {"config": config, "window": 8, "device": torch.device("cpu"), "progress": False}
+    cfg = TrainConfig(steps=3)
+    _, plain = pretrain(tmp_path / "text.txt", byte_encoding, cfg, **options)
+    _, built = pretrain(tmp_path / "text.txt", byte_encoding, cfg, tokens=tmp_path / "a.tokens", **options)
+    _, opened = pretrain(tmp_path / "a.tokens", byte_encoding, cfg, **options)
+    assert losses(plain) == losses(built) == losses(opened)
+    ranks = {bytes([255 - i]): i for i in range(256)}
+    other = tiktoken.Encoding("other", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    with pytest.raises(ValueError, match="was written with another tokenizer"):
+        pretrain(tmp_path / "a.tokens", other, cfg, **options)
+
+
+def test_the_batch_of_a_step_that_is_not_finite_is_kept(tmp_path, seed):
+    model, windows = build(seed), windows_of(seed)
+
+    def batch_at(i):
+        if i == 2:
+            model.wte.weight.data[0, 0] = math.nan
+        return windows.batch(i)
+
+    with pytest.raises(FloatingPointError, match=r"step 2: .*its batches are in .*bad_batch\.pt"):
+        train(model, batch_at, TrainConfig(steps=4), folder=tmp_path, progress=False)
+    kept = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
+    assert kept["step"] == 2 and torch.equal(kept["batches"][0][0], windows.batch(2)[0])
+
+
+def test_recomputation_works_with_frozen_embeddings_and_changes_no_loss(seed):
+    runs = []
+    for on in (False, True):
+        model = build(seed, dropout=0.1)
+        model.wte.weight.requires_grad_(False)
+        model.wpe.weight.requires_grad_(False)
+        cfg = TrainConfig(steps=4, lr=1e-2, gradient_checkpointing=on)
+        runs.append(losses(train(model, windows_of(seed).batch, cfg, progress=False)))
+        assert not model.gradient_checkpointing, "the switch is as it was"
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][-1], f"seed {seed}"
+
+
+def test_compile_translates_the_blocks_and_leaves_them_as_they_were(seed, monkeypatch):
+    """With a backend that runs the traced operations as they are: what is tested is our use of it, not Inductor."""
+    real, calls = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(self) or real(self, backend="eager"))
+    plain = train(build(seed), windows_of(seed).batch, TrainConfig(steps=3), progress=False)
+    model = build(seed)
+    compiled = train(model, windows_of(seed).batch, TrainConfig(steps=3, compile=True), progress=False)
+    assert calls == list(model.h) and np.abs(np.array(losses(plain)) - losses(compiled)).max() < 1e-5
+    assert all(block._compiled_call_impl is None for block in model.h)
+
+
+def test_fp16_follows_fp32_and_leaves_out_steps_that_overflow(seed, monkeypatch):
+    cfg = TrainConfig(steps=5, lr=1e-3)
+    exact = train(build(seed), windows_of(seed).batch, cfg, progress=False)
+    half = train(build(seed), windows_of(seed).batch, replace(cfg, precision="fp16"), progress=False)
+    difference = np.abs(np.array(losses(exact)) - losses(half)).max()
+    assert 0 < difference < 0.05, f"largest difference {difference} (seed {seed})"
+    model, batch = build(seed), batch_of(seed, 4)
+    before, scaler = flat(model), torch.amp.GradScaler("cpu", init_scale=2.0**80)
+    fp16 = TrainConfig(precision="fp16")
+    _, norm = train_step(model, configure_optimizer(model, fp16), [batch], 1e-3, fp16, scaler=scaler)
+    assert not math.isfinite(norm) and torch.equal(flat(model), before) and scaler.get_scale() == 2.0**79
