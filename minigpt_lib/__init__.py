@@ -50,7 +50,7 @@ _PUBLIC = {
     "app": ("build_app",),
 }
 _TRAINING = ("files", "loss", "corpus", "optimization", "distributed", "watch", "checkpoints", "training")
-_MODULES = ("runtime", *_TRAINING, "tensor_files", "tf_checkpoint", "hub", "verify",
+_MODULES = ("runtime", *_TRAINING, "download", "tensor_files", "tf_checkpoint", "hub", "verify",
             "sampling", "records", "batching", "evaluation", "cli", *_PUBLIC)
 _MODULES += ("chat", "insight", "pages", "layout", "handlers")
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -357,15 +357,17 @@ def run_export(args: argparse.Namespace) -> None:
 # %% ../notebooks/09_chat.ipynb #7bcb5947
 def run_verify(args: argparse.Namespace) -> int:
     """Compare a model with what is known about it; returns 0, 1 for a difference, 3 when the weights are not here."""
-    from minigpt_lib.hub import FetchError
+    from minigpt_lib.download import FetchError
+    from minigpt_lib.hub import fetch_openai
     from minigpt_lib.runtime import pick_device
-    from minigpt_lib.verify import format_checks, verify, write_goldens
+    from minigpt_lib.verify import format_checks, known_goldens, verify, write_goldens
 
     model = args.name or args.model
     try:
         if args.update:
             print(f"wrote {write_goldens(model)}")
-        checks = verify(model, device=pick_device(args.device))
+        source = fetch_openai(model) if args.openai else model
+        checks = verify(source, device=pick_device(args.device), known=known_goldens(model))
     except FetchError as error:
         sys.stderr.write(f"minigpt: {model} is not verified, its weights are not here: {error}\n")
         return 3
@@ -400,6 +402,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
     p = _add(commands, "verify", run_verify, "compare a model with what is known about it", "the model to check")
     p.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
+    p.add_argument("--openai", action="store_true", help="check OpenAI's own files of a gpt2 model, not the hub's")
     p.add_argument("--update", action="store_true", help="store what it computes now as its folder's goldens.json")
     return parser
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import heapq
 import json
 import os
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from .download import FetchError, download, openai_url
 from .runtime import MODEL_NAMES, check_model_name, data_dir
 
 # %% auto #0
@@ -296,21 +299,39 @@ def _encoding(path: Path, name: str) -> tiktoken.Encoding:
     return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
+_GPT2_FILES = {  # SHA-256, the same that tiktoken has written down
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
 def _gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's BPE, its two files brought into tiktoken's cache first. Raises FetchError, which is an OSError."""
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if cache is None:
+        cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     try:
+        for name, sha256 in _GPT2_FILES.items() if cache else ():  # an empty name switches tiktoken's cache off
+            address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+            key = hashlib.sha1(address.encode()).hexdigest()
+            download(openai_url(f"encodings/main/{name}"), Path(cache) / key, sha256=sha256)
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # no network shows itself in many exceptions
-        raise OSError(
-            f"GPT-2's vocabulary is neither in tiktoken's cache nor reachable ({type(error).__name__}): go online "
-            "once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use the model 'mini'"
+    except Exception as error:  # what tiktoken itself may meet on its way has many names
+        raise FetchError(
+            "GPT-2's vocabulary is not at hand. Ways out: set TIKTOKEN_CACHE_DIR to a folder that holds it, or use the "
+            f"model 'mini'. What happened: {type(error).__name__}: {error}"
         ) from error
 
 
-def _config_vocab_size(config: Path) -> int | None:
+def _config_vocab_size(folder: Path) -> int | None:
+    """What config.json, or OpenAI's hparams.json, says about the size of the vocabulary; None: nothing."""
+    config, key = folder / "config.json", "vocab_size"
+    if not config.is_file():
+        config, key = folder / "hparams.json", "n_vocab"
     if not config.is_file():
         return None
     try:
-        return json.loads(config.read_text("utf-8")).get("vocab_size")
+        return json.loads(config.read_text("utf-8")).get(key)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config} is not a JSON object: {error}") from error
 
@@ -320,14 +341,15 @@ def load_tokenizer(name: str | os.PathLike[str]) -> tiktoken.Encoding:
 
     A folder is read from its `tokenizer.tiktoken`; without that file it gets GPT-2's BPE if its `config.json` says
     vocab_size 50257. Raises ValueError for an unknown name or a vocabulary that does not fit `config.json`,
-    FileNotFoundError for a folder without a tokenizer, OSError where GPT-2's files are neither cached nor reachable.
+    FileNotFoundError for a folder without a tokenizer, FetchError (an OSError) where GPT-2's files are neither cached
+    nor reachable.
     """
     name = check_model_name(os.fspath(name))
     if name in MODEL_NAMES and name != "mini":
         return _gpt2_encoding()
     folder = data_dir() / "mini" if name == "mini" else Path(name)
     file, config = folder / "tokenizer.tiktoken", folder / "config.json"
-    size = _config_vocab_size(config)
+    size = _config_vocab_size(folder)
     if not file.is_file():
         if size == 50257:
             return _gpt2_encoding()

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .download import FetchError as FetchError
 from .hub import HUB, fetch
-from .hub import FetchError as FetchError
 from .hub import check_sha256 as check_sha256
 from .model import GPTConfig, GPTLanguageModel
 from .runtime import MODEL_NAMES, ModelChoice, check_model_name, data_dir

@@ -16,7 +16,7 @@ NAMES = [
     "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",
     "load_adapter", "finetune", "build_prompt", "build_app",
 ]  # fmt: skip
-ORDER = ["runtime", "tokenizer", "attention", "model"]
+ORDER = ["runtime", "download", "tokenizer", "attention", "model"]
 ORDER += ["files", "loss", "corpus", "optimization", "distributed", "watch", "checkpoints", "training"]
 ORDER += ["tensor_files", "tf_checkpoint", "hub"]
 ORDER += ["weights", "verify", "sampling", "cache", "generation", "lora", "adapters", "records"]

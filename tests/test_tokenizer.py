@@ -441,6 +441,7 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_gets_gpt2s_only_if_its_size_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "download", lambda url, path, sha256: path)
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: ("the BPE of", name))
     assert load_tokenizer(make_folder(tmp_path, None, {"vocab_size": 50257})) == ("the BPE of", "gpt2")
     assert load_tokenizer("gpt2-medium") == ("the BPE of", "gpt2")
@@ -471,6 +472,7 @@ def test_unknown_names_and_unreachable_files_say_the_way_out(monkeypatch, tmp_pa
     def offline(name):
         raise ConnectionError("no route to host")
 
+    monkeypatch.setattr(tokenizer, "download", lambda url, path, sha256: path)
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR.*'mini'"):
         load_tokenizer("gpt2")

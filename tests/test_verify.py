@@ -11,7 +11,8 @@ from scripted import tiny_folder
 from transformers import GPT2LMHeadModel
 
 from minigpt_lib.cli import main
-from minigpt_lib.hub import HUB, FetchError
+from minigpt_lib.download import FetchError
+from minigpt_lib.hub import HUB
 from minigpt_lib.model import GPTConfig
 from minigpt_lib.verify import GOLDENS, continue_rows, format_checks, known_goldens, last_logits, verify, write_goldens
 from minigpt_lib.weights import load_pretrained, model_folder, parameter_shapes

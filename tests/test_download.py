@@ -1,0 +1,270 @@
+"""Downloads from a server on this machine that misbehaves: resumed, checked, whole or not at all."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+from serving import File, Server, serve
+
+from minigpt_lib import download as module
+from minigpt_lib import tokenizer
+from minigpt_lib.download import FetchError, download, offline, openai_url
+from minigpt_lib.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+K = 2**14  # bytes are written in pieces of this size; of one that is cut nothing is kept
+QUICK = {"timeout": 0.5, "wait": 0.01, "progress": False}
+
+
+@pytest.fixture
+def server() -> Server:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def body() -> bytes:
+    return os.urandom(700_000)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "cache" / "file"
+
+
+def sha(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def left(path: Path) -> set[str]:
+    """The files beside `path`, but for the lock."""
+    return {p.name for p in path.parent.iterdir()} - {path.name + ".lock"} if path.parent.exists() else set()
+
+
+# --- what works
+
+
+def test_a_file_arrives_once(server, body, path):
+    server.files["/f"] = File(body)
+    for _ in range(2):
+        assert download(f"{server.url}/f", path, sha256=sha(body), size=len(body), **QUICK).read_bytes() == body
+    assert server.gets("/f") == [None] and left(path) == {"file"}
+
+
+def test_a_cut_line_is_resumed_in_the_same_call(server, body, path):
+    server.files["/f"] = File(body, cuts=[12 * K, 9 * K, 0, 6 * K + 77])
+    download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    wanted = [int(r[6:-1]) for r in server.gets("/f")[1:]]
+    assert path.read_bytes() == body and wanted == [12 * K, 21 * K, 21 * K, 27 * K] and left(path) == {"file"}
+
+
+def test_silence_is_ended_and_resumed(server, body, path):
+    server.files["/f"] = File(body, stalls=[20 * K])
+    download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert path.read_bytes() == body and server.gets("/f") == [None, f"bytes={20 * K}-"]
+
+
+def test_the_next_call_goes_on_where_the_last_one_stopped(server, body, path):
+    server.files["/f"] = File(body, cuts=[15 * K, 0, 0, 0])
+    with pytest.raises(FetchError, match="the line is cut|reset|aborted"):
+        download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert not path.exists() and left(path) == {"file.part"}
+    server.requests.clear()
+    server.files["/f"].cuts = []
+    download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert path.read_bytes() == body and server.gets("/f") == [f"bytes={15 * K}-"] and left(path) == {"file"}
+
+
+def test_a_part_of_another_file_is_thrown_away(server, body, path):
+    path.parent.mkdir()
+    for part in (b"x" * 1000, b"x" * len(body), b"x" * (len(body) + 5)):
+        path.with_name("file.part").write_bytes(part)
+        server.files["/f"] = File(body)
+        download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+        assert path.read_bytes() == body and left(path) == {"file"}
+        path.unlink()
+
+
+def test_a_server_without_ranges_is_read_from_the_start(server, body, path):
+    server.files["/f"] = File(body, cuts=[300_000], ranges=False)
+    download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert path.read_bytes() == body
+
+
+def test_a_redirect_is_followed(server, body, path):
+    server.files |= {"/old": File(to="/f", status=302), "/f": File(body, cuts=[100_000])}
+    download(f"{server.url}/old", path, sha256=sha(body), **QUICK)
+    assert path.read_bytes() == body
+
+
+def test_a_server_that_is_busy_is_asked_again(server, body, path):
+    server.files["/f"] = File(b"later", 503)
+    with pytest.raises(FetchError, match="503"):
+        download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert len(server.gets("/f")) == 3 and left(path) == set()
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(server, body, path):
+    path.parent.mkdir()
+    path.write_bytes(body[:-1] + b"?")
+    server.files["/f"] = File(body)
+    download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert path.read_bytes() == body
+
+
+# --- what must fail, and leave nothing that looks like the file
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "asked"),
+    [
+        (File(b"no", 403, "text/plain"), "403 Forbidden", 1),
+        (File(b"no", 404, "text/plain"), "404 Not Found", 1),
+        (File(b"<html>log in</html>", kind="text/html; charset=utf-8"), "web page", 1),
+        (File(b"<html>log in</html>"), "19 bytes instead of 700,000|SHA-256", 1),
+        (File(bytes(700_000)), "SHA-256 is .* instead of", 1),
+        (File(os.urandom(699_999)), "699,999 bytes instead of 700,000", 1),
+        (File(os.urandom(700_000), claim=600_000), "600,000 bytes instead of 700,000", 1),
+        (File(to="/nowhere", status=302), "404", 1),
+    ],
+)
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_wrong_answers_are_named_and_leave_the_old_file(server, body, path, file, words, asked, before):
+    server.files["/f"] = file
+    path.parent.mkdir()
+    if before:
+        path.write_bytes(before)
+    with pytest.raises(FetchError, match=words) as caught:
+        download(f"{server.url}/f", path, sha256=sha(body), size=len(body), **QUICK)
+    assert all(word in str(caught.value) for word in (f"{server.url}/f", "Ways out", str(path)))
+    assert len(server.gets("/f")) == asked
+    assert left(path) == ({"file"} if before else set()) and (not before or path.read_bytes() == before)
+
+
+def test_more_bytes_claimed_than_there_are(server, body, path):
+    server.files["/f"] = File(body, claim=len(body) + 10)
+    with pytest.raises(FetchError, match="the line is cut"):
+        download(f"{server.url}/f", path, sha256=sha(body), size=len(body), **QUICK)
+    assert left(path) == {"file.part"} and len(server.gets("/f")) > 3
+
+
+def test_nobody_there_is_said_soon(path):
+    with pytest.raises(FetchError, match="refused") as caught:
+        download("http://127.0.0.1:9/f", path, **QUICK)
+    assert "Ways out" in str(caught.value) and left(path) == set()
+
+
+def test_a_folder_that_cannot_be_written(server, body, tmp_path):
+    server.files["/f"] = File(body)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(FetchError, match="could not be saved"):
+        download(f"{server.url}/f", tmp_path / "file" / "f", **QUICK)
+
+
+def test_offline_asks_nobody(server, body, path, monkeypatch):
+    server.files["/f"] = File(body)
+    for value, expected in (("1", True), ("true", True), ("0", False), ("", False)):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        assert offline() is expected
+    monkeypatch.setenv("HF_HUB_OFFLINE", "YES")
+    with pytest.raises(FetchError, match="HF_HUB_OFFLINE"):
+        download(f"{server.url}/f", path, **QUICK)
+    assert server.requests == [] and left(path) == set()
+
+
+def test_a_kill_leaves_no_file_under_its_name(server, body, path):
+    server.files["/f"] = File(body, stalls=[400_000])
+    code = f"""
+from pathlib import Path
+from minigpt_lib.download import download
+download({server.url + "/f"!r}, Path({str(path)!r}), timeout=60, progress=False)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as p:
+        part = path.with_name("file.part")
+        for _ in range(2000):
+            if part.exists() and part.stat().st_size > 200_000:
+                break
+            server.over.wait(0.01)
+        p.kill()
+    assert not path.exists() and part.stat().st_size > 200_000
+    assert download(f"{server.url}/f", path, sha256=sha(body), **QUICK).read_bytes() == body
+    assert left(path) == {"file"}
+
+
+def test_processes_at_the_same_time_fetch_it_once(server, body, path):
+    server.files["/f"] = File(body, cuts=[100_000, 200_000])
+    code = f"""
+from pathlib import Path
+from minigpt_lib.download import download
+download({server.url + "/f"!r}, Path({str(path)!r}), sha256={sha(body)!r}, wait=0.1, progress=False)
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(4)]
+    assert [p.wait(120) for p in running] == [0] * 4
+    assert path.read_bytes() == body and len(server.gets("/f")) == 3 and left(path) == {"file"}
+
+
+def test_progress_is_shown_where_tqdm_is(server, body, path, capsys):
+    pytest.importorskip("tqdm")
+    server.files["/f"] = File(body)
+    download(f"{server.url}/f", path, timeout=5)
+    err = capsys.readouterr().err
+    assert "file" in err and "100%" in err
+
+
+# --- GPT-2's vocabulary
+
+
+@pytest.fixture
+def vocabulary(server, tmp_path, monkeypatch) -> Server:
+    """OpenAI's server on this machine, with small files in place of the real ones."""
+    files = {name: File(f"the file {name}".encode()) for name in ("vocab.bpe", "encoder.json")}
+    server.files |= {f"/gpt-2/encodings/main/{name}": file for name, file in files.items()}
+    monkeypatch.setattr(tokenizer, "_GPT2_FILES", {name: sha(file.body) for name, file in files.items()})
+    monkeypatch.setenv("MINIGPT_OPENAI_URL", f"{server.url}/gpt-2/")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: ("the BPE of", name))
+    return server
+
+
+def test_the_vocabulary_goes_where_tiktoken_looks(vocabulary, tmp_path):
+    for _ in range(2):
+        assert load_tokenizer("gpt2") == ("the BPE of", "gpt2")
+    assert len(vocabulary.requests) == 2
+    names = {p.name for p in (tmp_path / "tiktoken").iterdir() if p.suffix != ".lock"}
+    assert names == {"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"}
+
+
+def test_a_vocabulary_that_is_not_the_right_one_is_refused(vocabulary, tmp_path):
+    vocabulary.files["/gpt-2/encodings/main/encoder.json"] = File(b"{}")
+    with pytest.raises(FetchError, match="SHA-256") as caught:
+        load_tokenizer("gpt2")
+    assert all(w in str(caught.value) for w in ("TIKTOKEN_CACHE_DIR", "mini", "MINIGPT_OPENAI_URL", vocabulary.url))
+    names = {p.name for p in (tmp_path / "tiktoken").iterdir() if p.suffix != ".lock"}
+    assert names == {"6d1cbeee0f20b3d9449abfede4726ed8212e3aee"}
+
+
+def test_the_real_vocabulary_has_the_hashes_that_are_pinned(gpt2_encoding):
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nonexistent"))
+    if not cache.is_dir():
+        pytest.skip("tiktoken's cache is elsewhere")
+    for name, expected in tokenizer._GPT2_FILES.items():
+        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        assert sha((cache / hashlib.sha1(address.encode()).hexdigest()).read_bytes()) == expected
+    source = Path(tiktoken.__file__).parent.parent / "tiktoken_ext" / "openai_public.py"
+    assert all(expected in source.read_text() for expected in tokenizer._GPT2_FILES.values())
+
+
+def test_a_folder_with_openais_hparams_has_gpt2s_vocabulary(vocabulary, tmp_path):
+    (tmp_path / "hparams.json").write_text('{"n_vocab": 50257}')
+    assert load_tokenizer(tmp_path) == ("the BPE of", "gpt2")
+
+
+def test_the_address_follows_the_mirror(monkeypatch):
+    monkeypatch.delenv("MINIGPT_OPENAI_URL", raising=False)
+    assert openai_url("a/b") == "https://openaipublic.blob.core.windows.net/gpt-2/a/b"
+    monkeypatch.setenv("MINIGPT_OPENAI_URL", "http://mirror/x/")
+    assert openai_url("a/b") == "http://mirror/x/a/b" and module.openai_url is openai_url
