@@ -86,6 +86,15 @@ def _attempt(url: str, part: Path, timeout: float, show: bool) -> None:
         raise ConnectionError(f"the line was cut after {part.stat().st_size:,} of {total:,} bytes")
 
 # %% ../notebooks/01_tokenization.ipynb #3082b889
+def _reason(error: OSError) -> str:
+    """The kernel of what requests says, without its wrappings."""
+    if "IncompleteRead" in str(error):
+        return "the line is cut again and again"
+    inner = error.args[0] if error.args else error
+    text = re.sub(r"^\w+\(.*?\): ", "", str(getattr(inner, "reason", inner)))
+    return text or type(error).__name__
+
+
 def _complete(url: str, part: Path, tries: int, timeout: float, wait: float, show: bool) -> None:
     """Attempts until the file is whole; `tries` of them in a row without a new byte are the end."""
     idle = 0
@@ -102,7 +111,20 @@ def _complete(url: str, part: Path, tries: int, timeout: float, wait: float, sho
                 raise FetchError(_reason(error)) from error
             time.sleep(wait * 2**idle)
 
+# %% ../notebooks/01_tokenization.ipynb #10f0bc0b
+def _fetch_whole(url: str, path: Path, sha256: str | None, size: int | None, how: tuple) -> None:
+    part = path.with_name(path.name + ".part")
+    resumed = part.exists()
+    _complete(url, part, *how)
+    if resumed and _problem(part, sha256, size):  # the old part may have been of another file
+        part.unlink()
+        _complete(url, part, *how)
+    if problem := _problem(part, sha256, size):
+        part.unlink()
+        raise FetchError(f"what arrived is not the file: {problem}")
+    os.replace(part, path)
 
+# %% ../notebooks/01_tokenization.ipynb #fd24a448
 def download(
     url: str,
     path: Path,
@@ -141,25 +163,3 @@ def download(
         text = f"{url} could not be saved as {path}: {error}. Ways out: make room or choose another folder; {way_out}"
         raise FetchError(text) from error
     return path
-
-
-def _fetch_whole(url: str, path: Path, sha256: str | None, size: int | None, how: tuple) -> None:
-    part = path.with_name(path.name + ".part")
-    resumed = part.exists()
-    _complete(url, part, *how)
-    if resumed and _problem(part, sha256, size):  # the old part may have been of another file
-        part.unlink()
-        _complete(url, part, *how)
-    if problem := _problem(part, sha256, size):
-        part.unlink()
-        raise FetchError(f"what arrived is not the file: {problem}")
-    os.replace(part, path)
-
-
-def _reason(error: OSError) -> str:
-    """The kernel of what requests says, without its wrappings."""
-    if "IncompleteRead" in str(error):
-        return "the line is cut again and again"
-    inner = error.args[0] if error.args else error
-    text = re.sub(r"^\w+\(.*?\): ", "", str(getattr(inner, "reason", inner)))
-    return text or type(error).__name__

@@ -20,7 +20,7 @@ from .tokenizer import load_tokenizer
 from .weights import load_pretrained, model_folder, parameter_shapes
 
 # %% ../notebooks/05_loading_weights.ipynb #a1776661
-GOLDENS: dict[str, dict] = {  # ids without a leading <|endoftext|>
+GOLDENS = {  # ids without a leading <|endoftext|>
     "gpt2": {
         "parameters": 124_439_808,
         "sha256": HUB["gpt2"][2],
