@@ -54,7 +54,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     # is_causal aligns the triangle to the upper left corner, which is right only for T == S
     if mask is None and 1 < T < S:
         mask = causal_mask(T, S, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and T == S)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and 1 < T == S)
 
 # %% ../notebooks/02_attention.ipynb #3b5095e1
 class KVStore(Protocol):

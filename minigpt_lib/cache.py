@@ -34,15 +34,16 @@ class _CacheMemory:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.ids = torch.full((batch_size, max_len), -1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # usable everywhere, also when it is made in inference mode
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            self.ids = torch.full((batch_size, max_len), -1, dtype=torch.int64, device=device)
         self.pos = 0
 
     @classmethod
     def for_model(cls, model: GPTLanguageModel, batch_size: int = 1, max_len: int | None = None) -> Self:
         """An empty cache with the model's shape, dtype and device."""
-        weight = model.wte.weight
+        weight = model.wpe.weight  # never quantised, unlike the token table
         return cls(model.config, batch_size, max_len, dtype=weight.dtype, device=weight.device)
 
     @property
@@ -53,6 +54,12 @@ class _CacheMemory:
     def nbytes(self) -> int:
         """Bytes held: 2 * n_layer * B * max_len * n_embd * bytes per number."""
         return self.keys.nbytes + self.values.nbytes
+
+    def check_room(self, B: int, end: int) -> None:
+        """Raise ValueError unless the cache has B rows and room for `end` positions."""
+        if end > self.max_len or self.keys.size(1) != B:
+            room = f"{self.keys.size(1)} × {self.max_len}"
+            raise ValueError(f"batch {B} with {end} positions does not fit a cache of {room}")
 
 # %% ../notebooks/06_kv_cache.ipynb #8868e1c5
 class _CachePointer(_CacheMemory):
@@ -90,9 +97,8 @@ class KVCache(_CachePointer):
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, nh, T, hs) after the filled positions; return all so far, each (B, nh, pos + T, hs)."""
-        end, B = self.pos + k.size(2), self.keys.size(1)
-        if end > self.max_len or k.size(0) != B:
-            raise ValueError(f"batch {k.size(0)} with {end} positions does not fit a cache of {B} × {self.max_len}")
+        end = self.pos + k.size(2)
+        self.check_room(k.size(0), end)
         self.keys[layer, :, :, self.pos : end] = k
         self.values[layer, :, :, self.pos : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -105,7 +111,8 @@ class KVCache(_CachePointer):
     def copy(self) -> Self:
         """A cache of its own with the same content, e.g. to continue one prompt in several ways."""
         other = object.__new__(type(self))
-        other.keys, other.values, other.ids = self.keys.clone(), self.values.clone(), self.ids.clone()
+        with torch.inference_mode(False):
+            other.keys, other.values, other.ids = self.keys.clone(), self.values.clone(), self.ids.clone()
         other.pos = self.pos
         return other
 
@@ -126,6 +133,6 @@ def prefill(
         raise ValueError(f"chunk={chunk} must be at least 1; None reads everything in one pass")
     for part in idx.split(chunk or idx.size(1) or 1, dim=1):  # (B, at most chunk)
         mask = None if attention_mask is None else attention_mask[:, : cache.pos + part.size(1)]
-        x = model.hidden_states(part, cache, mask)  # (B, T, C)
+        logits = model.last_logits(part, cache, mask)  # (B, V)
         cache.remember(part)
-    return model.lm_head(x[:, -1])
+    return logits

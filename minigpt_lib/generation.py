@@ -87,7 +87,7 @@ class DecodeOptions:
 # %% ../notebooks/06_kv_cache.ipynb #84ce1cf4
 def _check_cache(cache: KVCache, model: GPTLanguageModel, B: int, end: int) -> None:
     """Raise ValueError unless the caller's cache suits the model and the request."""
-    config, weight = model.config, model.wte.weight
+    config, weight = model.config, model.wpe.weight
     wanted = (config.n_layer, B, config.n_head, cache.max_len, config.n_embd // config.n_head)
     if tuple(cache.keys.shape) != wanted:
         raise ValueError(f"kv_cache has shape {tuple(cache.keys.shape)}, model and prompt need {wanted}")

@@ -66,9 +66,11 @@ def test_copies_are_independent(model):
         model(idx, kv_cache=cache)
         branch = cache.copy()
         got_a, got_b = model(a, kv_cache=branch)[0], model(b, kv_cache=cache)[0]
+        got_a2 = model(b, kv_cache=branch)[0]  # after the other one has written behind its own ten
+        want_a2 = model(torch.cat([idx, a, b], dim=1))[0][:, 15:]
         want_a = model(torch.cat([idx, a], dim=1))[0][:, 10:]
         want_b = model(torch.cat([idx, b], dim=1))[0][:, 10:]
-    assert (branch.pos, cache.pos) == (15, 17)
+    assert (branch.pos, cache.pos) == (22, 17) and (got_a2 - want_a2).abs().max() <= 2e-5
     assert (got_a - want_a).abs().max() <= 2e-5 and (got_b - want_b).abs().max() <= 2e-5
 
 
@@ -189,3 +191,13 @@ def test_a_copy_remembers_for_itself(model):
         prefill(model, (idx[:, 5:] + 1) % 71, branch)
     assert cache.reuse(torch.cat([idx, idx], dim=1)) == 10
     assert branch.reuse(torch.cat([idx, idx], dim=1)) == 5
+
+
+def test_a_cache_made_in_inference_mode_works_outside(model):
+    with torch.inference_mode():
+        cache = KVCache.for_model(model)
+        branch = cache.copy()
+    with torch.no_grad():
+        for c in (cache, branch):
+            prefill(model, prompt(5), c)
+            assert c.pos == 5 and not c.keys.is_inference()

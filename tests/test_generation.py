@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from minigpt_lib.cache import KVCache
 from minigpt_lib.generation import decode_stream, generate, steps, stream
-from minigpt_lib.model import GPTLanguageModel
+from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.sampling import filter_logits, penalize_repeats
 
 transformers.utils.logging.set_verbosity_error()
@@ -45,6 +45,28 @@ def test_greedy_cached_uncached_and_transformers_agree(model, oracle, T):
     )
     assert torch.equal(cached, theirs)
     assert len(set(cached[:, T:].flatten().tolist())) > 1  # not one token over and over
+
+
+@pytest.fixture(scope="module")
+def gpt2_shape() -> tuple[GPTLanguageModel, GPT2LMHeadModel]:
+    """GPT-2 small with fresh random weights, positions strong enough to vary the text, and Transformers' twin."""
+    torch.manual_seed(torch.seed() % 2**31)
+    model = GPTLanguageModel(GPTConfig.preset("gpt2")).eval()
+    model.wpe.weight.data *= 20
+    return model, twin_of(model)
+
+
+@pytest.mark.parametrize(("T", "new"), [(1, 6), (2, 6), (31, 6), (1000, 3)])
+def test_greedy_tokens_at_gpt2s_shape(gpt2_shape, T, new):
+    model, oracle = gpt2_shape
+    idx = torch.randint(0, 50257, (1, T))
+    cached = generate(model, idx, new, temperature=0)
+    assert torch.equal(cached, generate(model, idx, new, temperature=0, prefill_chunk=400))
+    assert torch.equal(cached, generate(model, idx, new, temperature=0, use_cache=False))
+    theirs = oracle.generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(cached, theirs) and len(set(cached[0, T:].tolist())) > 1
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -1,0 +1,282 @@
+"""The fast paths against the plain model: packed layers, the compiled step, smaller weights, CUDA graphs."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from decoding import greedy_slow, pad, prompt, random_model
+
+from minigpt_lib.cache import KVCache
+from minigpt_lib.fast import FastGPT, PackedLinear, bucket, cpp_compiler, quantize_int8
+from minigpt_lib.generation import generate, stream
+from minigpt_lib.model import GPTConfig, GPTLanguageModel
+
+compiling = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler for torch.compile was found")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+FORMS = [None, "bfloat16", "int8"]
+SMALL = GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=2, n_head=4, dropout=0.3)
+
+
+@pytest.fixture
+def model(seed: int) -> GPTLanguageModel:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def fast() -> tuple[GPTLanguageModel, dict[str | None, FastGPT]]:
+    """A random model and its compiled copies: compiling takes seconds, so it is done once."""
+    torch.manual_seed(torch.seed() % 2**31)
+    model = random_model(SMALL)
+    return model, {None: FastGPT(model, rows=(1, 4)), "int8": FastGPT(model, "int8")}
+
+
+def rounded(model: GPTLanguageModel, weights: str | None) -> GPTLanguageModel:
+    """The oracle for smaller weights: a plain float32 model that holds the rounded numbers."""
+    twin = copy.deepcopy(model)
+    for layer in (m for m in twin.modules() if isinstance(m, nn.Linear)):
+        w = layer.weight.data
+        if weights == "bfloat16":
+            layer.weight.data = w.bfloat16().float()
+        elif weights == "int8":
+            step = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+            layer.weight.data = (w / step).round() * step
+    twin.wte.weight = twin.lm_head.weight
+    return twin
+
+
+def one_by_one(model: GPTLanguageModel, idx: torch.Tensor, T: int = 1, **options) -> torch.Tensor:
+    """Logits (B, n, V) of a prefill of 5 tokens and then steps of T."""
+    cache = KVCache.for_model(model, idx.size(0), **options)
+    with torch.inference_mode():
+        rows = [model(part, kv_cache=cache)[0] for part in (idx[:, :5], *idx[:, 5:].split(T, dim=1))]
+    return torch.cat(rows, dim=1)
+
+
+# ---- layers
+
+
+def test_int8_is_within_half_a_step_and_uses_the_range(seed):
+    w = torch.randn(40, 90) * torch.logspace(-6, 3, 40)[:, None]
+    w[3] = 0
+    q, scale = quantize_int8(w)
+    assert q.dtype == torch.int8 and q.abs().max() == 127 and scale.shape == (40,)
+    assert ((w - scale[:, None] * q).abs() <= 0.5001 * scale[:, None]).all()
+    others = [i for i in range(40) if i != 3]
+    assert (q[others].abs().amax(1) == 127).all() and (q[3] == 0).all()  # each row has a scale of its own
+
+
+@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out"), [(24, 56), (56, 24), (24, 24)])
+@pytest.mark.parametrize("rows", [(1,), (3,), (1, 1), (2, 5), (1, 20)])
+def test_packed_linear_is_the_layer_with_the_rounded_weights(seed, weights, tall, n_in, n_out, rows):
+    layer = nn.Linear(n_in, n_out)
+    x = torch.randn(*rows, n_in)
+    w = layer.weight.detach()
+    if weights == "bfloat16":
+        w = w.bfloat16().float()
+    if weights == "int8":
+        step = w.abs().amax(1, keepdim=True) / 127
+        w = (w / step).round() * step
+    got = PackedLinear(layer, weights, tall=tall)(x)
+    assert got.shape == (*rows, n_out)
+    assert (got - F.linear(x, w, layer.bias)).abs().max() <= 2e-6
+
+
+def test_packed_for_many_rows(seed):
+    layer, x = nn.Linear(24, 56), torch.randn(16, 24)
+    with torch.no_grad():
+        assert (PackedLinear(layer, packed=True)(x) - layer(x)).abs().max() <= 2e-6
+
+
+def test_bucket():
+    assert [bucket(n, 1024) for n in (1, 64, 65, 128, 129, 1024)] == [64, 64, 128, 128, 256, 1024]
+    assert bucket(70, 100) == 100 and bucket(5, 40) == 40 and bucket(9, 1000, shortest=8) == 16
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_uncompiled_copy_is_the_plain_model_with_rounded_weights(model, weights):
+    idx = prompt(20, B=2)
+    eager = FastGPT(model, weights, compile=False)
+    want = rounded(model, weights)
+    with torch.no_grad():
+        assert (eager(idx)[0] - want(idx)[0]).abs().max() <= 3e-5
+    assert (one_by_one(eager, idx) - one_by_one(want, idx)).abs().max() <= 3e-5
+    if weights is None:
+        assert torch.equal(generate(eager, idx, 30, temperature=0), greedy_slow(model, idx, 30))
+    else:
+        with torch.no_grad():
+            assert (eager(idx)[0] - model(idx)[0]).abs().max() > 1e-4  # it was rounded at all
+
+
+def test_making_a_fast_copy_leaves_the_model_alone(model):
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    model.train()
+    idx = prompt(8)
+    FastGPT(model, "int8", compile=False).eval()
+    generate(FastGPT(model, compile=False), idx, 3)
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_sizes(model):
+    full = FastGPT(model, compile=False).nbytes
+    assert full == 4 * model.num_parameters()
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("wpe"))
+    assert FastGPT(model, "bfloat16", compile=False).nbytes == full - 2 * matrices
+    rows = sum(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    assert FastGPT(model, "int8", compile=False).nbytes == full - 3 * matrices + 4 * rows
+
+
+def test_bad_requests(model):
+    with pytest.raises(ValueError, match="weights='int4'.*'int8'"):
+        FastGPT(model, "int4", compile=False)
+    model.h[0].attn.c_attn.lora_A = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="merge_lora"):
+        FastGPT(model, compile=False)
+
+
+def test_without_a_compiler_it_says_so_and_how_to_go_on(model, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert cpp_compiler() is None
+    with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*apt install g\+\+.*compile=False"):
+        FastGPT(model)
+    assert generate(FastGPT(model, compile=False), prompt(3), 4).shape == (1, 7)
+
+
+# ---- compiled
+
+
+@compiling
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_compiled_steps_agree_with_the_plain_model(fast, seed, weights):
+    model, copies = fast
+    idx = prompt(64)
+    got, want = one_by_one(copies[weights], idx), one_by_one(rounded(model, weights), idx)
+    assert copies[weights].compile_seconds > 0
+    assert want.std() > 0.3 and (got - want).abs().max() <= 5e-5
+    if weights is None:
+        assert torch.equal(generate(copies[None], idx[:, :7], 57, temperature=0), greedy_slow(model, idx[:, :7], 57))
+
+
+@compiling
+def test_several_rows_at_once_are_compiled_too(fast, seed):
+    model, copies = fast
+    idx = prompt(61)
+    assert (one_by_one(copies[None], idx, T=4) - one_by_one(model, idx)).abs().max() <= 5e-5
+
+
+@compiling
+def test_nothing_is_compiled_again_while_decoding(fast, seed):
+    """Every length, several caches, sizes of caches, padding, other options: one compiled function each."""
+    model, copies = fast
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T, new in ((1, 60), (2, 30), (31, 33), (60, 4)):
+            idx = prompt(T)
+            assert torch.equal(generate(copies[None], idx, new, temperature=0), greedy_slow(model, idx, new))
+        small = KVCache(SMALL, max_len=20)
+        idx = prompt(9)
+        assert torch.equal(
+            generate(copies[None], idx, 10, temperature=0, kv_cache=small), greedy_slow(model, idx, 10)
+        )
+        mask = torch.ones(1, 12, dtype=torch.int64)
+        mask[0, :5] = 0
+        padded = F.pad(prompt(7), (5, 0))
+        got = generate(copies[None], padded, 20, temperature=0, attention_mask=mask)
+        assert torch.equal(got, generate(model, padded, 20, temperature=0, attention_mask=mask))
+        long = generate(copies[None], idx, 100, temperature=0, beyond="slide")
+        assert torch.equal(long, generate(model, idx, 100, temperature=0, beyond="slide"))
+        list(stream(copies[None], idx, 20, top_k=9))
+
+
+@compiling
+def test_the_compiled_path_is_the_one_that_runs(fast, seed, monkeypatch):
+    model, copies = fast
+    calls, run = [], copies[None]._run
+    monkeypatch.setattr(copies[None], "_run", lambda *args: calls.append(args[0].shape) or run(*args))
+    generate(copies[None], prompt(5), 6, temperature=0)
+    assert calls == [(1, 1)] * 5  # the first token comes out of the prefill
+    calls.clear()
+    generate(copies[None], prompt(5, B=2), 6, temperature=0)  # another batch size runs uncompiled
+    assert not calls
+
+
+@compiling
+def test_a_compiled_batch_of_unequal_prompts(seed):
+    model = random_model(SMALL)
+    rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
+    batched = FastGPT(model, batch_size=12)  # more than a few rows: oneDNN's packed products
+    idx, mask = pad(rows)
+    out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
+    for row, alone in zip(out, rows, strict=True):
+        assert torch.equal(row[30:], generate(model, alone, 25, temperature=0)[0, alone.size(1) :])
+
+
+@compiling
+def test_any_number_of_copies_can_be_compiled(seed):
+    """torch stops compiling one function for ever new models; each copy must count for itself."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            model = random_model(GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=1, n_head=4))
+            idx = prompt(9)
+            assert torch.equal(generate(FastGPT(model), idx, 9, temperature=0), greedy_slow(model, idx, 9))
+
+
+@compiling
+def test_compiled_steps_check_their_input_and_the_room(fast, seed):
+    model, copies = fast
+    cache = KVCache(SMALL, max_len=6)
+    with torch.no_grad():
+        copies[None](prompt(5), kv_cache=cache)
+        copies[None](prompt(1), kv_cache=cache)
+        with pytest.raises(ValueError, match="7 positions .*1 × 6"):
+            copies[None](prompt(1), kv_cache=cache)
+        cache.truncate(3)
+        with pytest.raises(ValueError, match="token id 71"):
+            copies[None](torch.tensor([[71]]), kv_cache=cache)
+        assert cache.pos == 3
+
+
+# ---- windows that are longer than the text, as CUDA graphs need them
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_longer_window_changes_nothing(model, padded):
+    idx, mask = pad([prompt(20), prompt(8 if padded else 20)])
+    step = FastGPT(model, compile=False)
+    exact, wide = KVCache.for_model(model, 2), KVCache.for_model(model, 2)
+    wide.keys.normal_()  # what stands behind the text must not matter
+    wide.values.normal_()
+    with torch.inference_mode():
+        want = model(idx, attention_mask=mask)[0]
+        for cache, S in ((exact, None), (wide, 50)):
+            model(idx[:, :17], kv_cache=cache, attention_mask=mask[:, :17])
+            for t in range(17, 20):
+                inputs, keys, values = step._inputs(idx[:, t : t + 1], cache, mask[:, : t + 1], S or t + 1)
+                got = step._step(*inputs, keys, values)[:, 0]
+                assert (got - want[:, t]).abs().max() <= 3e-5
+                cache.advance(1)
+
+
+@on_gpu
+@pytest.mark.parametrize("padded", [False, True])
+def test_cuda_graphs_agree_with_the_plain_model(seed, padded):
+    config = GPTConfig(vocab_size=71, n_ctx=256, n_embd=64, n_layer=2, n_head=4)
+    model = random_model(config).cuda()
+    idx, mask = pad([prompt(20), prompt(8 if padded else 20)])
+    fast = FastGPT(model, batch_size=2)
+    options = {"temperature": 0, "attention_mask": mask.cuda() if padded else None}
+    for _ in range(2):  # through three buckets, and again
+        want = generate(model, idx.cuda(), 230, **options)
+        assert torch.equal(generate(fast, idx.cuda(), 230, **options), want)
+    gc.collect()
+    assert len(fast._recordings) == 0  # a graph goes with its cache
+
+
