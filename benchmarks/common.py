@@ -32,12 +32,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    candidates: dict[str, Callable[[], object]], repeats: int, warm: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each candidate, `repeats` times in turn, so that a drift of the machine meets them all alike.
 
-    Each runs once untimed first.
+    With `warm` each runs once untimed first.
     """
-    for run in candidates.values():
+    for run in candidates.values() if warm else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):

@@ -14,6 +14,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import peers
@@ -50,14 +52,17 @@ def megabytes(model: GPTLanguageModel) -> dict[str, float]:
     return {"float32": 4 * n / 1e6, "bfloat16": 2 * n / 1e6, "int8": n / 1e6}
 
 
-def rates(candidates: dict[str, Callable[[], object]], tokens: int, repeats: int) -> tuple[dict, dict]:
+def rates(
+    candidates: dict[str, Callable[[], object]], tokens: int, repeats: int, warm: bool = True
+) -> tuple[dict, dict]:
     """Tokens per second of each candidate, and GB/s of plain reads taken in turn with them."""
     buffer = torch.ones(100_000_000)  # 400 MB
-    seconds = interleaved(candidates | {"read": read_seconds(buffer)}, repeats)
+    seconds = interleaved(candidates | {"read": read_seconds(buffer)}, repeats, warm)
     gigabytes = sorted(buffer.nbytes / s / 1e9 for s in seconds.pop("read"))
     rows = {name: summary(times, tokens) for name, times in seconds.items()}
     for name, row in rows.items():
-        print(f"{name:30} {row['tokens_per_s']:8.1f} tokens/s   ({row['slowest']:.1f} to {row['fastest']:.1f})")
+        spread = f"({row['slowest']:.1f} to {row['fastest']:.1f})"
+        print(f"{name:30} {row['tokens_per_s']:8.1f} tokens/s   {spread}", flush=True)
     read = {"median": statistics.median(gigabytes), "slowest": gigabytes[0], "fastest": gigabytes[-1]}
     print(f"{'plain read of memory':30} {read['median']:8.1f} GB/s")
     return rows, {name: round(value, 2) for name, value in read.items()}
@@ -68,38 +73,67 @@ def equal(tokens: list[int], wanted: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), len(wanted))
 
 
-def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
-    """One prompt, every decoder in every form of weights that it has."""
-    threads, new = torch.get_num_threads(), args.new
+def build(group: str, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], list[int]]], dict]:
+    """The decoders of one group, as functions without arguments that return the new tokens, and compile times."""
+    model, new = random_model(args.model), args.new
     idx = torch.randint(0, model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
-    prompt = idx[0].tolist()
-    theirs = peers.transformers_model(model, folder)
-    ours = {"minigpt plain float32": model, "minigpt packed float32": FastGPT(model, compile=False)}
-    compiled = {"float32": None, "bfloat16": "bfloat16", "int8": "int8"}
-    compiled = {f"minigpt compiled {name}": FastGPT(model, weights) for name, weights in compiled.items()}
-    decode = {name: lambda m=m: generate(m, idx, new, temperature=0)[0, len(prompt) :].tolist()
-              for name, m in (ours | compiled).items()}  # fmt: skip
-    decode["transformers float32"] = lambda: peers.transformers_generate(theirs, idx, new)[0, len(prompt) :].tolist()
-    missing = []
-    if peers.HAVE_CT2:
-        for kind in ("float32", "int8"):
-            d = peers.ctranslate2_decoder(model, folder, kind, threads)
-            decode[f"ctranslate2 {kind}"] = lambda d=d: d(prompt, new)
+    prompt, seconds = idx[0].tolist(), {}
+    if group == "minigpt":
+        ours = {"plain float32": model, "packed float32": FastGPT(model, compile=False)}
+        for kind, weights in (("float32", None), ("bfloat16", "bfloat16"), ("int8", "int8")):
+            ours[f"compiled {kind}"] = FastGPT(model, weights)
+            seconds[kind] = round(ours[f"compiled {kind}"].compile_seconds, 1)
+        run = {name: lambda m=m: generate(m, idx, new, temperature=0)[0, len(prompt) :].tolist()
+               for name, m in ours.items()}  # fmt: skip
+    elif group == "transformers":
+        theirs = peers.transformers_model(model, folder)
+        run = {"float32": lambda: peers.transformers_generate(theirs, idx, new)[0, len(prompt) :].tolist()}
+    elif group == "ctranslate2":
+        made = {kind: peers.ctranslate2_decoder(model, folder, kind, args.threads) for kind in ("float32", "int8")}
+        run = {kind: lambda d=d: d(prompt, new) for kind, d in made.items()}
     else:
-        missing.append("ctranslate2")
-    if peers.HAVE_LLAMA:
-        for kind, name in (("f32", "float32"), ("bf16", "bfloat16"), ("q8_0", "int8")):
-            d = peers.llama_decoder(model, folder, kind, threads)
-            decode[f"llama.cpp {name}"] = lambda d=d: d(prompt, new)
-    else:
-        missing.append("llama_cpp")
-    wanted = decode["minigpt plain float32"]()
-    agree = {name: equal(run(), wanted) for name, run in decode.items()}
-    rows, read = rates(decode, new, args.repeats)
+        kinds = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
+        made = {name: peers.llama_decoder(model, folder, kind, args.threads) for name, kind in kinds.items()}
+        run = {kind: lambda d=d: d(prompt, new) for kind, d in made.items()}
+    return {f"{group} {name}": f for name, f in run.items()}, seconds
+
+
+def serve(pipe: Connection, group: str, args: argparse.Namespace) -> None:
+    """A process for one group: tells its decoders' names, then runs the one it is asked for and returns the tokens."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        run, seconds = build(group, args, Path(folder))
+        pipe.send((list(run), seconds))
+        while (name := pipe.recv()) is not None:
+            pipe.send(run[name]())
+
+
+def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
+    """One prompt, every decoder in every form of weights that it has.
+
+    Each group has a process of its own, because their thread pools get into each other's way in one; only one runs.
+    """
+    found = {"minigpt": True, "transformers": True, "ctranslate2": peers.HAVE_CT2, "llama.cpp": peers.HAVE_LLAMA}
+    context, ask, seconds, workers = get_context("spawn"), {}, {}, []
+    for group in (name for name, there in found.items() if there):
+        mine, theirs = context.Pipe()
+        workers.append((context.Process(target=serve, args=(theirs, group, args), daemon=True), mine))
+        workers[-1][0].start()
+        names, compiled = mine.recv()  # before the next one starts, so that none compiles beside another
+        ask |= {name: lambda pipe=mine, name=name: (pipe.send(name), pipe.recv())[1] for name in names}
+        seconds |= compiled
+    tokens = {name: run() for name, run in ask.items()}
+    rows, read = rates(ask, args.new, args.repeats, warm=False)
+    for worker, pipe in workers:
+        pipe.send(None)
+        worker.join()
     return {
-        "rows": rows, "read_gb_per_s": read, "megabytes": megabytes(model), "equal_tokens": agree, "missing": missing,
-        "compile_seconds": {name: round(m.compile_seconds, 1) for name, m in compiled.items()},
-        "settings": {"prompt": args.prompt, "new": new, "repeats": args.repeats, "batch": 1},
+        "rows": rows, "read_gb_per_s": read, "megabytes": megabytes(model), "compile_seconds": seconds,
+        "equal_tokens": {name: equal(t, tokens["minigpt plain float32"]) for name, t in tokens.items()},
+        "missing": [name for name, there in found.items() if not there],
+        "settings": {"prompt": args.prompt, "new": args.new, "repeats": args.repeats, "batch": 1},
         "ratios": single_ratios({n: r["tokens_per_s"] for n, r in rows.items()}, read["median"], megabytes(model)),
     }  # fmt: skip
 

@@ -33,13 +33,16 @@ def transformers_generate(theirs, idx: torch.Tensor, new: int) -> torch.Tensor:
         return theirs.generate(idx, attention_mask=torch.ones_like(idx), **keep_going)
 
 
+def _own(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().numpy().copy()  # CTranslate2 quantises in place
+
+
 def _linear(spec, layer: torch.nn.Linear) -> None:
-    spec.weight = layer.weight.detach().numpy()
-    spec.bias = layer.bias.detach().numpy()
+    spec.weight, spec.bias = _own(layer.weight), _own(layer.bias)
 
 
 def _norm(spec, layer) -> None:
-    spec.gamma, spec.beta = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    spec.gamma, spec.beta = _own(layer.weight), _own(layer.bias)
 
 
 def ctranslate2_decoder(model: GPTLanguageModel, folder: Path, compute_type: str, threads: int) -> Decode:
@@ -51,10 +54,10 @@ def ctranslate2_decoder(model: GPTLanguageModel, folder: Path, compute_type: str
     spec = TransformerDecoderModelSpec.from_config(
         config.n_layer, config.n_head, pre_norm=True, activation=Activation.GELUTanh
     )
-    spec.decoder.embeddings.weight = model.wte.weight.detach().numpy()
-    spec.decoder.position_encodings.encodings = model.wpe.weight.detach().numpy()
+    spec.decoder.embeddings.weight = _own(model.wte.weight)
+    spec.decoder.position_encodings.encodings = _own(model.wpe.weight)
     spec.decoder.scale_embeddings = False
-    spec.decoder.projection.weight = model.lm_head.weight.detach().numpy()
+    spec.decoder.projection.weight = _own(model.lm_head.weight)
     _norm(spec.decoder.layer_norm, model.ln_f)
     for theirs, ours in zip(spec.decoder.layer, model.h, strict=True):
         _norm(theirs.self_attention.layer_norm, ours.ln_1)

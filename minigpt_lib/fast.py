@@ -180,7 +180,7 @@ class _Recording:
         self.graph.replay()
         return self.logits.clone()  # the next replay writes over it
 
-# %% ../notebooks/06b_fast_decoding.ipynb #0b1f9a5d
+# %% ../notebooks/06b_fast_decoding.ipynb #cb090c34
 class _StepGPT(_PackedGPT):
     """The packed model with its step as a function of tensors, and what the step is called with."""
 
@@ -215,8 +215,10 @@ class _StepGPT(_PackedGPT):
         options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0}
         if self.batch_size * max(self.rows) > FEW:
             options["freezing"] = True  # weights become constants, which oneDNN then puts into its own order
-        known = inspect.signature(torch.compile).parameters  # newer versions count the limit on compiling per function
-        apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+        apart = {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # compiled for one model alone:
+            apart["isolate_recompiles"] = True  # no call need check that it is still the same one
+            options["guard_filter_fn"] = lambda guards: [not g.name.startswith("self.") for g in guards]
         self._run = torch.compile(self._step, fullgraph=True, dynamic=False, options=options, **apart)
         for T in self.rows:
             cache = KVCache.for_model(self, self.batch_size)
