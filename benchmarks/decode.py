@@ -1,10 +1,11 @@
 """Greedy decoding beside Transformers, CTranslate2 and llama.cpp: the same random weights, everything in one run.
 
-    python benchmarks/decode.py [--model gpt2] [--prompt 32] [--new 256] [--repeats 3] [--parts single batch long]
+    python benchmarks/decode.py [--model gpt2] [--prompt 32] [--new 256] [--repeats 3] [--parts PART ...]
 
-single: one prompt, every form of weights; batch: several prompts at once; long: with and without a cache up to 900
-tokens. Prints medians with the slowest and the fastest run, beside the bandwidth of the memory measured in between,
-and writes benchmarks/results/decode_MODEL.json; parts that are not run keep their figures there.
+single: one prompt, every form of weights; long: with and without a cache up to 900 tokens; batch: several prompts at
+once; lookup: speculative decoding by prompt lookup. Prints medians with the slowest and the fastest run, beside the
+bandwidth of the memory measured in between, and writes benchmarks/results/decode_MODEL.json; parts that are not run
+keep their figures there.
 CTranslate2 and llama.cpp's Python binding are left out, and named, where they are not installed.
 """
 
@@ -79,7 +80,7 @@ def build(group: str, args: argparse.Namespace, folder: Path) -> tuple[dict[str,
     idx = torch.randint(0, model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
     prompt, seconds = idx[0].tolist(), {}
     if group == "minigpt":
-        ours = {"plain float32": model, "packed float32": FastGPT(model, compile=False)}
+        ours = {"packed float32": FastGPT(model, compile=False)}
         for kind, weights in (("float32", None), ("bfloat16", "bfloat16"), ("int8", "int8")):
             ours[f"compiled {kind}"] = FastGPT(model, weights)
             seconds[kind] = round(ours[f"compiled {kind}"].compile_seconds, 1)
@@ -131,7 +132,7 @@ def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
         worker.join()
     return {
         "rows": rows, "read_gb_per_s": read, "megabytes": megabytes(model), "compile_seconds": seconds,
-        "equal_tokens": {name: equal(t, tokens["minigpt plain float32"]) for name, t in tokens.items()},
+        "equal_tokens": {name: equal(t, tokens["minigpt packed float32"]) for name, t in tokens.items()},
         "missing": [name for name, there in found.items() if not there],
         "settings": {"prompt": args.prompt, "new": args.new, "repeats": args.repeats, "batch": 1},
         "ratios": single_ratios({n: r["tokens_per_s"] for n, r in rows.items()}, read["median"], megabytes(model)),
@@ -154,17 +155,19 @@ def batch(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> di
     theirs, out, new = peers.transformers_model(model, folder), {}, args.batch_new
     for B in BATCHES:
         idx = torch.randint(0, model.config.vocab_size, (B, args.prompt), generator=torch.Generator().manual_seed(B))
-        fast = FastGPT(model, batch_size=B)
-        print(f"batch {B}:")
+        fast, packed = FastGPT(model, batch_size=B), FastGPT(model, compile=False, batch_size=B)
+        print(f"batch {B}:", flush=True)
         decode = {
             "minigpt plain": lambda idx=idx: generate(model, idx, new, temperature=0),
             "minigpt compiled": lambda idx=idx, fast=fast: generate(fast, idx, new, temperature=0),
+            "minigpt packed": lambda idx=idx, packed=packed: generate(packed, idx, new, temperature=0),
             "transformers": lambda idx=idx: peers.transformers_generate(theirs, idx, new),
         }
         same = bool(torch.equal(decode["minigpt compiled"](), decode["transformers"]()))
         rows, read = rates(decode, B * new, args.repeats)
-        ratio = rows["minigpt compiled"]["tokens_per_s"] / rows["transformers"]["tokens_per_s"]
-        out[str(B)] = {"rows": rows, "read_gb_per_s": read, "equal_tokens": same, "ratio": round(ratio, 3)}
+        theirs_rate = rows["transformers"]["tokens_per_s"]
+        ratios = {name: round(row["tokens_per_s"] / theirs_rate, 3) for name, row in rows.items()}
+        out[str(B)] = {"rows": rows, "read_gb_per_s": read, "equal_tokens": same, "of transformers": ratios}
     return {"sizes": out, "settings": {"prompt": args.prompt, "new": new, "repeats": args.repeats}}
 
 
@@ -256,7 +259,7 @@ def cuda(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dic
     return out
 
 
-PARTS = {"single": single, "batch": batch, "long": long, "lookup": lookup}
+PARTS = {"single": single, "long": long, "batch": batch, "lookup": lookup}
 
 
 def main() -> None:
@@ -264,7 +267,7 @@ def main() -> None:
     parser.add_argument("--model", default="gpt2", choices=PRESETS)
     parser.add_argument("--prompt", type=int, default=32, help="tokens in the prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate for one prompt")
-    parser.add_argument("--batch-new", type=int, default=32, help="tokens to generate for each prompt of a batch")
+    parser.add_argument("--batch-new", type=int, default=16, help="tokens to generate for each prompt of a batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -278,7 +281,8 @@ def main() -> None:
     parts = {name: PARTS[name] for name in args.parts} | ({"cuda": cuda} if torch.cuda.is_available() else {})
     for name, run in parts.items():
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = run(args, model, Path(folder)) | {"machine": machine()}
+            key = name if args.threads == 2 else f"{name}, threads {args.threads}"
+            results[key] = run(args, model, Path(folder)) | {"machine": machine()}
         results.setdefault("cuda", "not measured: no GPU was at hand")
         print("written to", write(f"decode_{args.model}", results))
 
