@@ -180,7 +180,7 @@ class _Recording:
         self.graph.replay()
         return self.logits.clone()  # the next replay writes over it
 
-# %% ../notebooks/06b_fast_decoding.ipynb #cb090c34
+# %% ../notebooks/06b_fast_decoding.ipynb #1a5567d7
 class _StepGPT(_PackedGPT):
     """The packed model with its step as a function of tensors, and what the step is called with."""
 
@@ -198,8 +198,7 @@ class _StepGPT(_PackedGPT):
         self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, S: int
     ) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
         """idx, positions, places and mask, then the windows of length S on the cache's keys and values."""
-        (B, T), device = idx.shape, idx.device
-        end = cache.pos + T
+        (B, T), device, end = idx.shape, idx.device, cache.pos + idx.size(1)
         places = torch.arange(cache.pos, end, device=device)  # (T,)
         if attention_mask is None:
             mask, positions = causal_mask(T, end, device), places  # (T, end), (T,)

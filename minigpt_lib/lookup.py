@@ -64,7 +64,7 @@ def _verify(model: GPTLanguageModel, known: Tensor, guess: Tensor, cache: KVCach
     cache.truncate(start + 1 + agreed)
     return choice[: agreed + 1]
 
-# %% ../notebooks/06b_fast_decoding.ipynb #4c0293cc
+# %% ../notebooks/06b_fast_decoding.ipynb #d08699e4
 @torch.inference_mode()
 def generate_lookup(
     model: GPTLanguageModel,
@@ -101,7 +101,5 @@ def generate_lookup(
             ended = torch.isin(new, stops).nonzero()[:, 0]  # (stop tokens,)
             new = new[: int(ended[0]) + 1] if len(ended) else new
             ids[0, t : t + len(new)] = new
-            t += len(new)
-            if len(ended):
-                break
+            t, end = t + len(new), end if not len(ended) else t
     return LookupResult(ids[:, :t], t - T, passes, proposed, accepted)
