@@ -92,8 +92,8 @@ _PAGE_CSS = """
 #examples, #tools {gap: 8px; flex-wrap: wrap; align-items: center}
 #examples button, #tools button {flex: 0 0 auto; width: auto; font-weight: 450; padding: 4px 12px; background: white;
   border: 1px solid #e7e5e4}
-#tools .form {flex: 0 0 auto; width: auto; min-width: 0; border: none; background: none; box-shadow: none}
-#tools #watch {flex: 0 0 auto; width: auto; min-width: 0 !important; background: none; border: none; padding: 4px 8px}
+#tools #watch {flex: 0 0 auto; width: auto; min-width: 0 !important; margin: 0 !important; background: none;
+  border-width: 0 !important; padding: 4px 8px}
 #send, #stop, #ask, #stop-both, #look {max-width: 110px}
 """
 

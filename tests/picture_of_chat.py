@@ -8,7 +8,7 @@ from browser import chromium, watched
 from minigpt_lib.app import build_app, launch
 
 PICTURE = Path(__file__).resolve().parents[1] / "notebooks" / "images" / "chat.png"
-UNSURE = 1  # the token of the last reply whose alternatives are shown
+UNSURE = 7  # the token of the last reply whose alternatives are shown
 QUESTIONS = ("Who are you?", "What is the capital of Norway?", "What does a cow eat?")
 
 
@@ -16,7 +16,7 @@ def main(path: Path) -> None:
     app = build_app("mini", device="cpu")
     address = launch(app, 0, block=False)
     with chromium() as browser:
-        page, complaints = watched(browser, 1100, 1080)
+        page, complaints = watched(browser, 1100, 840)
         page.goto(address)
         page.get_by_label("Show what tokens are chosen from").check()
         for n, question in enumerate(QUESTIONS, start=1):
@@ -28,7 +28,7 @@ def main(path: Path) -> None:
         page.locator("#choices label").nth(UNSURE).click()
         page.wait_for_timeout(500)
         path.parent.mkdir(exist_ok=True)
-        page.screenshot(path=path)
+        page.screenshot(path=path, full_page=True)
         print(page.locator("#talk").inner_text(), complaints)
     app.close(verbose=False)
 
