@@ -69,16 +69,16 @@ class LowRank(nn.Module):
     """The thin branch of one adapter in one layer: x (..., in) -> scaling * dropout(x) A^T B^T, (..., rows).
 
     Hu et al. 2021, section 4.1. `lora_A` (r, in) starts random as in PEFT (kaiming-uniform, a = sqrt(5)), `lora_B`
-    (rows, r) at zero, both in float32 at least. `rows` says which outputs of the layer it adds to.
+    (rows, r) at zero, both in float32 at least. `rows` says which outputs of the layer it adds to, `part` their name.
     Raises ValueError when r is larger than min(in, rows).
     """
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig, rows: slice):
+    def __init__(self, base: nn.Linear, config: LoRAConfig, rows: slice, part: str = ""):
         super().__init__()
         n_in, n_out = base.in_features, rows.stop - rows.start
         if config.r > min(n_in, n_out):
             raise ValueError(f"r={config.r} is above min(in, out)={min(n_in, n_out)} of a layer {n_in} -> {n_out}")
-        self.scaling, self.rows = config.scaling, rows
+        self.scaling, self.rows, self.part = config.scaling, rows, part
         like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(config.r, n_in, **like))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, **like))  # (rows, r)
@@ -86,9 +86,9 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         low = F.linear(self.lora_dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        return self.scaling * F.linear(low, self.lora_B)  # (..., rows)
+        return F.linear(weight * self.scaling * low, self.lora_B)  # (..., rows); scaled where there is least of it
 
     def matrix(self) -> Tensor:
         """The branch as one matrix, scaling * B A, shape (rows, in)."""
@@ -117,7 +117,7 @@ class LoRALinear(nn.Linear):
         third = self.out_features // 3
         start = "qkv".index(part) * third if part else 0
         rows = slice(start, start + third if part else self.out_features)
-        self.adapters[f"{name}:{part}" if part else name] = LowRank(self, config, rows)
+        self.adapters[f"{name}:{part}" if part else name] = LowRank(self, config, rows, part)
 
     def branches(self, name: str | None = None) -> list[tuple[LowRank, float]]:
         """The active branches with their weights, or those of the adapter `name` with weight 1."""
@@ -133,8 +133,8 @@ class LoRALinear(nn.Linear):
         """x (..., in) -> (..., out)."""
         y = F.linear(x, self.base_weight if self.merged and not self.enabled else self.weight, self.bias)  # (..., out)
         for branch, weight in [] if self.merged or not self.enabled else self.branches():
-            update = weight * branch(x)  # (..., rows)
-            y = y + F.pad(update, (branch.rows.start, self.out_features - branch.rows.stop)).to(y.dtype)
+            update, rest = branch(x, weight), self.out_features - branch.rows.stop  # (..., rows)
+            y = y + (F.pad(update, (branch.rows.start, rest)) if branch.part else update).to(y.dtype)
         return y
 
     def delta(self) -> Tensor:

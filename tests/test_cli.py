@@ -402,6 +402,33 @@ def test_finetune_chooses_where_to_write_by_the_models_name(folder, tmp_path):
     assert (tmp_path / "runs" / "tiny-adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_finetune_cleans_limits_and_packs(folder, tmp_path, capsys):
+    records = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(40)]
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    messy = [*records, chat, {"instruction": "Say nothing.", "output": ""}, records[3], None]
+    (tmp_path / "messy.jsonl").write_text("\n".join(map(json.dumps, messy)))
+    words = ["finetune", "--model", folder, "--data", "messy.jsonl", "--steps", 2, "--out", "tuned"]
+    assert run(*words) == 2 and "record 42" in capsys.readouterr().err
+    assert run(*words, "--clean", "--limit", 20, "--pack") == 0
+    said = capsys.readouterr().err
+    assert "kept 41 records, dropped 3" in said and "dropped record 42: the field 'output'" in said
+    assert "dropped record 43: duplicate of record 4" in said and "dropped record 44: expected an object" in said
+    facts = json.loads(Path("tuned/training.json").read_text())
+    assert facts["records"] == 20 and facts["heldout_loss"] > 0
+
+
+def test_finetune_fetches_alpaca_when_asked(folder, tmp_path, monkeypatch, capsys):
+    import minigpt_lib.records as records
+
+    file = tmp_path / "alpaca.json"
+    file.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n}."} for n in range(60)]))
+    asked = []
+    monkeypatch.setattr(records, "fetch_alpaca", lambda place: asked.append(place) or file)
+    assert run("finetune", "--model", folder, "--data", "alpaca", "--limit", 12, "--steps", 1, "--out", "tuned") == 0
+    assert asked == ["runs/alpaca"] and "kept 60 records, dropped 0" in capsys.readouterr().err
+    assert json.loads(Path("tuned/training.json").read_text())["records"] == 12
+
+
 def test_export_merges_what_transformers_then_computes(folder, seed):
     transformers = pytest.importorskip("transformers", reason="the oracle is Transformers")
     assert run("export", "--model", folder, "--adapter", folder / "adapter", "--merge", "--out", "merged") == 0
