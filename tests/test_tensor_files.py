@@ -20,8 +20,9 @@ CONFIG = GPTConfig(83, 24, 20, 2, 5)
 
 def random_oracle(config: GPTConfig = CONFIG) -> GPT2LMHeadModel:
     oracle = GPT2LMHeadModel(GPT2Config(**config_to_hf(config))).eval()
-    for p in oracle.parameters():
-        p.data.normal_(0, 0.3 if config.n_embd < 100 else 0.02)
+    for name, p in oracle.named_parameters():
+        norm = ".ln_" in name and name.endswith("weight") and config.n_embd >= 100
+        p.data.normal_(1 if norm else 0, 0.3 if config.n_embd < 100 else 0.02)
     return oracle
 
 
@@ -196,7 +197,8 @@ def test_loading_takes_the_memory_of_one_model(tmp_path, seed, dtype):
         pytest.skip("this system does not let a process reset its peak")
     assert done.returncode == 0, done.stderr
     ratio = float(done.stdout)
-    assert 0.5 <= ratio <= 1.35, ratio  # 1.2 at GPT-2's sizes; the pieces in hand weigh more in this smaller one
+    size = 58e6 * (4 if dtype == "float32" else 2)
+    assert 0.5 <= ratio <= 1.2 + 48e6 / size, ratio  # the pieces in hand weigh more in a model of this size
 
 
 def save_pretrained_random(config: GPTConfig, folder: Path) -> Path:
