@@ -348,6 +348,7 @@ def test_the_second_turn_reads_only_what_is_new(models, seed):
         assert (last.reused > 0) == (turn > 0)
         talk = [*talk, {"role": "assistant", "content": last.text}, *ask(f"And {turn}?")]
     hook.remove()
+    list(stream_reply(models.tuned, models.enc, ask("Good morning"), settings, cache))
     *_, other = stream_reply(models.tuned, models.enc, ask("Good evening"), settings, cache)
     *_, fresh = stream_reply(models.tuned, models.enc, ask("Good evening"), settings)
     assert other.ids == fresh.ids and other.reused == len("User: Good ")  # what the two share, and nothing more

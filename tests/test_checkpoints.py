@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,31 +142,36 @@ def test_a_file_of_another_kind_is_refused(tmp_path, seed):
         load_checkpoint(tmp_path, model, configure_optimizer(model, RUN), RUN)
 
 
-@pytest.fixture
-def small_disk():
-    """As on a full disk: no file may grow beyond some bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@contextmanager
+def small_disk() -> Iterator[Callable[[int], None]]:
+    """As on a disk that fills up: once the function is called, no file may grow beyond so many bytes.
+
+    The limit is this process's own and ends with the block, since pytest writes its report to a file too.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path, seed, small_disk):
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path, seed):
     model, folder = build(seed), tmp_path / "run"
     optimizer = configure_optimizer(model, RUN)
     save_checkpoint(folder, model, optimizer, 1, [], RUN)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    small_disk(20_000)
-    with pytest.raises(OSError, match=r"no room to write .*checkpoint-00000002\.pt .*make room and try again"):
+    no_room = r"no room to write .*checkpoint-00000002\.pt .*make room and try again"
+    with small_disk() as fill, pytest.raises(OSError, match=no_room):
+        fill(20_000)
         save_checkpoint(folder, model, optimizer, 2, [], RUN)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert load_checkpoint(folder, model, optimizer, RUN)[0] == 1
 
 
-def test_a_disk_that_fills_up_stops_a_run_that_can_go_on(tmp_path, seed, small_disk):
-    fill = lambda record: small_disk(20_000) if record["step"] == 4 else None  # noqa: E731
-    with pytest.raises(OSError, match="no room to write"):
-        train(build(seed), windows_of(seed).batch, RUN, folder=tmp_path, on_step=fill, progress=False)
-    small_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+def test_a_disk_that_fills_up_stops_a_run_that_can_go_on(tmp_path, seed):
+    with small_disk() as fill, pytest.raises(OSError, match="no room to write"):
+        late = lambda record: fill(20_000) if record["step"] == 4 else None  # noqa: E731
+        train(build(seed), windows_of(seed).batch, RUN, folder=tmp_path, on_step=late, progress=False)
     resumed = train(build(seed), windows_of(seed).batch, RUN, folder=tmp_path, resume=True, progress=False)
     assert losses(resumed) == losses(train(build(seed), windows_of(seed).batch, RUN, progress=False)), f"seed {seed}"
 
