@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import tiktoken
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# what runs in the background of a shell ignores Ctrl-C and hands that on to its children, which the tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ def set_new_tokens(page, n: int) -> None:
     box = page.get_by_label("number input for New tokens")
     box.fill(str(n))
     box.press("Tab")
+    page.wait_for_timeout(300)  # Gradio hands the value on a moment later, and a test is faster than a hand
 
 
 def still(models) -> bool:

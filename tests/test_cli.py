@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -474,4 +475,7 @@ def test_chat_serves_the_page_until_it_is_interrupted(folder):
         with urllib.request.urlopen(address, timeout=60) as page:
             assert page.status == 200 and "MiniGPT" in page.read().decode()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130) and "Traceback" not in process.stderr.read()
+        guard = threading.Timer(60, process.kill)  # without an end, leaving the block would wait for ever
+        guard.start()
+        assert process.wait() in (0, 130) and "Traceback" not in process.stderr.read()
+        guard.cancel()
