@@ -114,7 +114,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(*args.one)))
         return
-    results: dict[str, object] = {"machine": machine(), "settings": {"repeats": args.repeats, "page_cache": "warm"}}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    settings = {"repeats": args.repeats, "page_cache": "warm", "cores": cores}
+    results: dict[str, object] = {"machine": machine(), "settings": settings}
     with tempfile.TemporaryDirectory() as place:
         for name in args.models:
             folders = make_files(name, Path(place))
@@ -126,17 +128,20 @@ def main() -> None:
 def compare(title: str, folders: dict[str, Path], dtype: str, repeats: int) -> dict[str, dict]:
     """The medians of all candidates, each run `repeats` times in a process of its own, in turn."""
     runs: dict[str, list[dict[str, float]]] = {who: [] for who in LAYOUTS}
-    for _ in range(repeats + 1):
+    for file in (file for folder in folders.values() for file in folder.iterdir()):
+        with file.open("rb") as f:  # into the page cache
+            while f.read(2**24):
+                pass
+    for _ in range(repeats):
         for who, layout in LAYOUTS.items():
             command = [sys.executable, __file__, "--one", who, str(folders[layout]), dtype]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
             runs[who].append(json.loads(done.stdout.splitlines()[-1]))
     rows = {}
     for who, all_runs in runs.items():
-        timed = all_runs[1:]  # the first run of each filled the page cache
-        rows[who] = {key: round(statistics.median(run[key] for run in timed), 3) for key in timed[0]}
-        rows[who]["slowest_load_s"] = round(max(run["load_s"] for run in timed), 3)
-        rows[who]["fastest_load_s"] = round(min(run["load_s"] for run in timed), 3)
+        rows[who] = {key: round(statistics.median(run[key] for run in all_runs), 3) for key in all_runs[0]}
+        rows[who]["slowest_load_s"] = round(max(run["load_s"] for run in all_runs), 3)
+        rows[who]["fastest_load_s"] = round(min(run["load_s"] for run in all_runs), 3)
     for key in ("load_s", "first_logits_s"):
         rows[f"{key}: minigpt / transformers"] = round(rows["minigpt"][key] / rows["transformers"][key], 2)
     print(f"\n{title:26} load, s (fastest to slowest)   first logits, s   peak / model's bytes: load, with logits")
