@@ -33,6 +33,7 @@ def page(browser, served):
     page, complaints = watched(browser)
     page.goto(served[0])
     page.locator("#message textarea").wait_for()
+    page.wait_for_timeout(1000)  # until the answer to the page's first request, what it remembers, is in place
     yield page
     page.context.close()
     assert complaints == []
@@ -66,9 +67,14 @@ def set_new_tokens(page, n: int) -> None:
     if not page.get_by_label("number input for New tokens").is_visible():
         page.get_by_text("Settings", exact=True).click()
     box = page.get_by_label("number input for New tokens")
-    box.fill(str(n))
-    box.press("Tab")
-    page.wait_for_timeout(300)  # Gradio hands the value on a moment later, and a test is faster than a hand
+    slider = page.get_by_label("range slider for New tokens")
+    for _ in range(20):  # a page that is still being set up may put its own value back
+        box.fill(str(n))
+        box.press("Tab")
+        page.wait_for_timeout(300)
+        if slider.input_value() == box.input_value() == str(n):
+            return
+    raise AssertionError(f"New tokens stays at {slider.input_value()}")
 
 
 def still(models) -> bool:
