@@ -4,8 +4,9 @@
 __all__ = ['Batch', 'CHUNK', 'chunked_cross_entropy', 'count_targets', 'amp_dtype', 'summed_loss', 'SummedLoss', 'evaluate_loss']
 
 # %% ../notebooks/04_pretraining.ipynb #1ccde06e
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -31,8 +32,10 @@ def _losses_to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 # %% ../notebooks/04_pretraining.ipynb #5c488069
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, learn: bool) -> Tensor:
-        for_x, for_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, learn: bool, left: list | None
+    ) -> Tensor:
+        for_x, for_weight = learn and ctx.needs_input_grad[0], learn and (ctx.needs_input_grad[1] or left is not None)
         dx, dw = torch.empty_like(x) if for_x else None, torch.zeros_like(weight) if for_weight else None
         total = torch.zeros((), device=x.device)
         inputs, head = x.to(dtype), weight.to(dtype)
@@ -53,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dw.addmm_(dlogits.T, inputs[part])
             elif for_weight:  # products in 16 bits, their sum in 32
                 dw += dlogits.T @ inputs[part]
-        ctx.gradients = dx, dw
+        ctx.gradients, ctx.left = (dx, dw), left
         return total
 
     @staticmethod
@@ -65,22 +68,60 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for gradient in (dx, dw):
             if gradient is not None:
                 gradient.mul_(scale)
-        return dx, dw, None, None, None, None
+        if ctx.left is not None:
+            ctx.left.append(dw)
+            dw = None
+        return dx, dw, None, None, None, None, None
 
 # %% ../notebooks/04_pretraining.ipynb #67ad14ad
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+def chunked_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None, *, left: list[Tensor] | None = None
+) -> Tensor:
     """The sum of -ln softmax(x @ weight.T)[target] in nats, never holding all logits: () float32.
 
     x (N, C), weight (V, C), targets (N,) int64 within the vocabulary; `rows` positions at a time (default: CHUNK
     logits at most). The forward pass computes the gradients too, of x and of weight if they require one (Hsu et al.
-    2024, Liger Kernel, section 3.2), so backward works once. Under autocast the products are computed in its type.
+    2024, Liger Kernel, section 3.2), so backward works once. Under autocast the products are computed in its type. With
+    the list `left`, the gradient of weight is put there in the backward pass, for whoever goes on adding to it.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     if rows is None:  # equal chunks, none of them a small rest
         rows = -(-len(x) // max(1, -(-len(x) // max(1, CHUNK // len(weight))))) or 1
     with torch.autocast(kind, enabled=False):
-        return _ChunkedCrossEntropy.apply(x, weight, targets, rows, dtype, torch.is_grad_enabled())
+        return _ChunkedCrossEntropy.apply(x, weight, targets, rows, dtype, torch.is_grad_enabled(), left)
+
+# %% ../notebooks/04_pretraining.ipynb #4b309a79
+class _TiedLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, idx: Tensor, left: list[Tensor]) -> Tensor:
+        ctx.idx, ctx.left = idx, left
+        return F.embedding(idx, weight)  # (B, T, C)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dw = ctx.left.pop()  # (V, C), left there by the head, which comes earlier in the backward pass
+        dw.index_add_(0, ctx.idx.flatten(), gradient.flatten(0, 1).to(dw.dtype))
+        return dw, None, None
+
+# %% ../notebooks/04_pretraining.ipynb #512a41c4
+@contextlib.contextmanager
+def _one_gradient(model: GPTLanguageModel) -> Iterator[list[Tensor] | None]:
+    """In the block the model's look-up adds to the head's gradient, to be left in the list that this yields.
+
+    None where that is not needed: nothing is learnt, the matrix is frozen, or the head has its own.
+    """
+    weight = model.wte.weight
+    if not (torch.is_grad_enabled() and weight.requires_grad and model.lm_head.weight is weight):
+        yield None
+        return
+    left: list[Tensor] = []
+    hook = model.wte.register_forward_hook(lambda wte, args, _: _TiedLookup.apply(wte.weight, *args, left))
+    try:
+        yield left
+    finally:
+        hook.remove()
 
 # %% ../notebooks/04_pretraining.ipynb #2892346e
 def count_targets(targets: Tensor) -> int:
@@ -123,10 +164,12 @@ def summed_loss(
     numbers = None if numbers is None else numbers.to(device)
     dtype = amp_dtype(precision, device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        hidden = model.hidden_states(idx, attention_mask=numbers).flatten(0, 1)  # (B*T, C)
+        with _one_gradient(model) as left:
+            hidden = model.hidden_states(idx, attention_mask=numbers).flatten(0, 1)  # (B*T, C)
         if len(keep) < len(hidden):
             hidden = hidden[keep]  # (n, C)
-        return chunked_cross_entropy(hidden, model.lm_head.weight, wanted)
+        head = model.lm_head.weight if left is None else model.lm_head.weight.detach()
+        return chunked_cross_entropy(hidden, head, wanted, left=left)
 
 # %% ../notebooks/04_pretraining.ipynb #af3a91aa
 class SummedLoss(nn.Module):

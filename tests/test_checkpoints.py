@@ -244,7 +244,10 @@ def test_the_scaler_of_fp16_is_stored(tmp_path, seed):
     stored = torch.load(find_checkpoint(tmp_path), weights_only=True)["scaler"]
     assert stored["scale"] >= 1 and stored["_growth_tracker"] > 0
     resumed = train(build(seed), windows_of(seed).batch, cfg, folder=tmp_path, resume=True, progress=False)
-    assert losses(resumed) == losses(train(build(seed), windows_of(seed).batch, cfg, progress=False)), f"seed {seed}"
+    whole = train(build(seed), windows_of(seed).batch, cfg, folder=tmp_path / "whole", progress=False)
+    assert losses(resumed) == losses(whole), f"seed {seed}"
+    ends = [torch.load(find_checkpoint(at), weights_only=True)["scaler"] for at in (tmp_path, tmp_path / "whole")]
+    assert ends[0] == ends[1], "the scaler went on counting where it had stopped"
 
 
 # ---- resuming, and Ctrl-C -------------------------------------------------------------------------------------------

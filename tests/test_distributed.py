@@ -1,5 +1,6 @@
 """Two processes against one: DistributedDataParallel and FSDP2 over gloo, as `torchrun` starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,15 +25,16 @@ needs_gloo = pytest.mark.skipif(
 
 def torchrun(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 @needs_gloo
 def test_two_ranks_equal_one_process(tmp_path, seed):
     """Every run, divided in either way, resumed from the checkpoint of the other way: losses to 1e-5."""
-    import json
-
     done = torchrun("tests/ranks.py", str(tmp_path / "two"), str(seed % 10_000))
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = json.loads((tmp_path / "two" / "losses.json").read_text()), runs(tmp_path / "one", seed % 10_000)
@@ -65,6 +67,24 @@ def test_the_module_runs_under_torchrun_and_goes_on(tmp_path):
     assert (tmp_path / "run" / "train.tokens").exists() and "3/3" in done.stderr
     done = torchrun(*words, "--lr", "0.5")
     assert done.returncode != 0 and "another TrainConfig: lr is 0.001 there and 0.5 here" in done.stderr
+
+
+@needs_gloo
+def test_the_command_pretrain_runs_under_torchrun(tmp_path):
+    """Two processes, one model folder, and the losses of the same command in one process."""
+    (tmp_path / "text.txt").write_text("One two three four five. " * 400)
+    words = ["-m", "minigpt_lib.cli", "pretrain", "--data", str(tmp_path / "text.txt"), "--window", "16"]
+    words += ["--steps", "3", "--device", "cpu", "--out"]
+    two = torchrun(*words, str(tmp_path / "two"))
+    assert two.returncode == 0 and two.stdout.count("holds the model") == 1, two.stderr[-3000:]
+    command = [sys.executable, *words, str(tmp_path / "one")]
+    one = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert one.returncode == 0, one.stderr[-3000:]
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1] and "model.safetensors" in files[0] and "train.tokens" not in files[0]
+    lines = [(tmp_path / name / "history.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = np.array([[json.loads(line)["loss"] for line in part] for part in lines])
+    assert losses.shape == (2, 3) and np.abs(losses[0] - losses[1]).max() < 1e-5, losses
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

@@ -1,5 +1,6 @@
 """minigpt_lib.loss against PyTorch's cross-entropy on whole logits, and what it keeps in memory."""
 
+import copy
 import random
 
 import pytest
@@ -151,6 +152,40 @@ def test_the_gradient_of_the_whole_model_tied_matrix_included(share, checkpointi
         assert float((p.grad / 2 - q.grad).abs().max()) < 1e-5 * max(1, float(q.grad.abs().max())), f"{name} {seed}"
 
 
+class Allocated(Made):
+    """Notes the shapes of new memory only: not what an operation writes into or looks at."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        before = len(self.shapes)
+        out = super().__torch_dispatch__(operation, types, args, kwargs)
+        if torch.is_tensor(out) and any(torch.is_tensor(t) and t.data_ptr() == out.data_ptr() for t in args):
+            del self.shapes[before:]
+        return out
+
+
+def test_the_tied_matrix_gets_one_gradient_that_both_its_uses_add_to(seed):
+    model, (idx, targets) = build(seed).train(), batch_of(seed, 4, 0.4)
+    with Allocated() as made:
+        summed_loss(model, idx, targets).backward()
+    assert made.shapes.count(model.wte.weight.shape) == 1
+    assert not model.wte._forward_hooks
+
+
+def test_a_head_of_its_own_and_a_frozen_matrix_get_what_plain_cross_entropy_gives(seed):
+    idx, targets = batch_of(seed, 4, 0.4)
+    expected = build(seed)
+    expected.lm_head.weight = torch.nn.Parameter(torch.randn_like(expected.wte.weight))
+    model = copy.deepcopy(expected)
+    (expected(idx, targets)[1] * count_targets(targets)).backward()
+    summed_loss(model, idx, targets).backward()
+    for name in ("wte", "lm_head"):
+        assert off(getattr(model, name).weight.grad, getattr(expected, name).weight.grad) < 1e-5, f"{name} {seed}"
+    frozen = build(seed)
+    frozen.wte.weight.requires_grad_(False)
+    summed_loss(frozen, idx, targets).backward()
+    assert frozen.wte.weight.grad is None and frozen.wpe.weight.grad.any()
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
 def test_summed_loss_and_evaluate_loss_equal_the_model(share, seed):
     model, batches = build(seed), [batch_of(seed + i, rows, share) for i, rows in enumerate((3, 1, 5))]
@@ -166,7 +201,7 @@ def test_summed_loss_and_evaluate_loss_equal_the_model(share, seed):
 
 def test_positions_without_a_label_never_reach_the_head(seed, monkeypatch):
     seen, real = [], chunked_cross_entropy
-    spy = lambda x, *args: seen.append((x.shape, args[1])) or real(x, *args)  # noqa: E731
+    spy = lambda x, *args, **how: seen.append((x.shape, args[1])) or real(x, *args, **how)  # noqa: E731
     monkeypatch.setattr(loss_module, "chunked_cross_entropy", spy)
     idx, targets = batch_of(seed, 4, 0.3)
     summed_loss(build(seed), idx, targets)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,6 +272,16 @@ def test_run_step_numbers_its_micro_batches(seed):
     assert asked == [12, 13, 14]
 
 
+def test_dropout_differs_from_step_to_step_and_comes_again_with_the_step(seed):
+    cfg, batch = TrainConfig(steps=9), batch_of(seed, 4)
+
+    def loss_of(step):
+        model = build(seed, dropout=0.3)
+        return run_step(model, configure_optimizer(model, cfg), lambda i: batch, step, cfg)["loss"]
+
+    assert loss_of(3) == loss_of(3) and loss_of(3) != loss_of(4), f"seed {seed}"
+
+
 @pytest.mark.parametrize("poison", ["weight", "gradient"])
 def test_a_loss_that_is_not_finite_names_the_step_and_moves_nothing(poison, seed):
     model, windows, before = build(seed), windows_of(seed), {}
@@ -425,12 +436,24 @@ def test_compile_translates_the_blocks_and_leaves_them_as_they_were(seed, monkey
     assert all(block._compiled_call_impl is None for block in model.h)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_the_blocks_and_gives_the_same_losses(seed):
+    cfg = TrainConfig(steps=3)
+    plain = train(build(seed, n_layer=1), windows_of(seed).batch, cfg, progress=False)
+    torch._dynamo.utils.counters.clear()
+    compiled = train(build(seed, n_layer=1), windows_of(seed).batch, replace(cfg, compile=True), progress=False)
+    assert np.abs(np.array(losses(plain)) - losses(compiled)).max() < 1e-4, f"seed {seed}"
+    assert torch._dynamo.utils.counters["inductor"], "nothing was compiled"
+
+
 def test_fp16_follows_fp32_and_leaves_out_steps_that_overflow(seed, monkeypatch):
     cfg = TrainConfig(steps=5, lr=1e-3)
     exact = train(build(seed), windows_of(seed).batch, cfg, progress=False)
     half = train(build(seed), windows_of(seed).batch, replace(cfg, precision="fp16"), progress=False)
     difference = np.abs(np.array(losses(exact)) - losses(half)).max()
     assert 0 < difference < 0.05, f"largest difference {difference} (seed {seed})"
+    norms = np.array([[a["grad_norm"], b["grad_norm"]] for a, b in zip(exact, half, strict=True)])
+    assert np.abs(norms[:, 1] / norms[:, 0] - 1).max() < 0.05, f"clipping saw scaled gradients: {norms} (seed {seed})"
     model, batch = build(seed), batch_of(seed, 4)
     before, scaler = flat(model), torch.amp.GradScaler("cpu", init_scale=2.0**80)
     fp16 = TrainConfig(precision="fp16")
