@@ -117,6 +117,7 @@ def _one_gradient(model: GPTLanguageModel) -> Iterator[list[Tensor] | None]:
         yield None
         return
     left: list[Tensor] = []
+    # from outside, with a hook: the model does not know how it is trained
     hook = model.wte.register_forward_hook(lambda wte, args, _: _TiedLookup.apply(wte.weight, *args, left))
     try:
         yield left
