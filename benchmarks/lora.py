@@ -1,21 +1,28 @@
 """LoRA training of GPT-2's 124M shape: this library against Transformers + PEFT in plain PyTorch.
 
-    python benchmarks/lora.py losses      # 30 steps on the very same batches: largest difference of the losses
-    python benchmarks/lora.py memory      # peak memory of each side, every one in a process of its own
-    python benchmarks/lora.py speed       # label tokens per second; stops after --seconds, goes on when called again
+    python benchmarks/lora.py                    # all of it, at most about --minutes 8; called again it goes on
+    python benchmarks/lora.py losses memory      # some parts; --fresh forgets what was measured before
+
+* losses   30 steps on the very same batches of 8 short records, float32: largest difference
+* memory   peak memory of each side on its largest batch, every one in a process of its own
+* speed    label tokens per second, in rounds: the next batch of each side's epoch, in turn, until the minutes are
+           over. The batches of an epoch come in random order, so that the first few are like the rest
 
 Both sides: the same random weights, r=8 on c_attn, alpha 8, AdamW, the same 200 records, loss on replies only.
 Theirs: Hugging Face's GPT-2 with PEFT's defaults, random batches of 8 padded to the longest, labels of -100 for the
 prompt. Ours: batches by tokens and length, 8 records in the mean; the head only where a label is; float32, and bf16
 under autocast. The records are Alpaca's if a copy lies in ../shared/alpaca, else the course's own. On a CUDA device
-both sides run under bf16 autocast and memory is what PyTorch allocated. Results go to benchmarks/results/lora.json.
+both sides run under bf16 autocast and memory is what PyTorch allocated. Results go to benchmarks/results/lora.json,
+after every part and every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import os
 import random
 import resource
 import statistics
@@ -23,14 +30,16 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import torch
 import transformers
-from common import RESULTS, machine, write
+from common import RESULTS, machine
 
 from minigpt_lib.batching import Example, LengthBatches, encode_records, pad, real_share
+from minigpt_lib.files import write_atomically
 from minigpt_lib.lora import add_lora, lora_parameters
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.optimization import TrainConfig, configure_optimizer
@@ -40,16 +49,26 @@ from minigpt_lib.tokenizer import load_tokenizer
 from minigpt_lib.training import train_step
 from minigpt_lib.weights import to_hf_state
 
-ALPACA = Path(__file__).resolve().parents[2] / "shared" / "alpaca" / "alpaca_en_demo.json"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+ALPACA = SHARED / "alpaca" / "alpaca_en_demo.json"
 CFG = TrainConfig(lr=2e-4, weight_decay=0.0, grad_clip=0.0)
 R, ALPHA, BATCH, RECORDS, MAX_LEN = 8, 8, 8, 200, 1024
+STEPS, SHORT = 30, 64  # of the comparison of losses: how many, and the tokens of its longest record
+PARTS = ("losses", "memory", "speed")
 
 
-def examples(count: int = RECORDS, max_len: int = MAX_LEN) -> tuple[list[Example], str]:
-    """The records as token ids and labels, and where they are from."""
-    path = ALPACA if ALPACA.is_file() else data_dir() / "instructions" / "train.json"
-    records = random.Random(0).sample(load_records(path), count)
-    return encode_records(load_tokenizer("gpt2"), records, max_len), "Alpaca" if path == ALPACA else "data/instructions"
+def source() -> tuple[Path, str]:
+    """The file of records, and what it is called."""
+    return (ALPACA, "Alpaca") if ALPACA.is_file() else (data_dir() / "instructions" / "train.json", "data/instructions")
+
+
+def examples(count: int = RECORDS, longest: int | None = None) -> list[Example]:
+    """`count` random records as token ids and labels; with `longest` only such as fit into so many tokens."""
+    records = load_records(source()[0])
+    random.Random(0).shuffle(records)
+    enc = load_tokenizer("gpt2")
+    encoded = (encode_records(enc, [record], MAX_LEN)[0] for record in records)
+    return list(itertools.islice((e for e in encoded if longest is None or len(e[0]) <= longest), count))
 
 
 def build() -> GPTLanguageModel:
@@ -133,20 +152,20 @@ def plan(few: list[Example], side: str) -> list[list[int]]:
 
 
 def losses(device: torch.device) -> dict:
-    """30 steps on the same batches in float32, short records, so that it takes minutes and not an hour."""
-    few, source = examples(60, max_len=64)
+    """The same batches for both in float32; short records, whole ones, so that it takes minutes and not an hour."""
+    few = examples(STEPS * BATCH, SHORT)
     mine, theirs = Ours(few, device, "fp32"), Theirs(few, device, "fp32")
-    batches = [[2 * i, 2 * i + 1] for i in range(30)]
+    batches = [list(range(i * BATCH, (i + 1) * BATCH)) for i in range(STEPS)]
     pairs = [(mine.step(members), theirs.step(members)) for members in batches]
     worst = max(abs(a - b) for a, b in pairs)
-    print(f"30 steps, from {pairs[0][1]:.4f} to {pairs[-1][1]:.4f}; largest difference of the losses {worst:.1e}")
-    return {"steps": 30, "records": source, "ours": [a for a, _ in pairs], "peft": [b for _, b in pairs],
+    print(f"{STEPS} steps, from {pairs[0][1]:.4f} to {pairs[-1][1]:.4f}; largest difference of the losses {worst:.1e}")
+    return {"steps": STEPS, "longest_record": SHORT, "ours": [a for a, _ in pairs], "peft": [b for _, b in pairs],
             "largest_difference": worst}  # fmt: skip
 
 
 def peak(side: str, device: torch.device) -> float:
     """GB at the peak of a step on the side's largest batch; called in a process of its own."""
-    few, _ = examples()
+    few = examples()
     kind, precision = sides(device)[side]
     trainer = kind(few, device, precision)
     largest = max(plan(few, side), key=lambda members: len(members) * max(len(few[n][0]) for n in members))
@@ -166,65 +185,93 @@ def memory(device: torch.device) -> dict:
     return {"gigabytes": found, "share_of_peft": {side: round(found[side] / found[base], 3) for side in found}}
 
 
-def speed(device: torch.device, seconds: float, before: dict) -> dict:
-    """Round by round one batch of each side; earlier rounds are kept, so that a short visit can be continued."""
-    few, source = examples()
+def speed(device: torch.device, until: float, before: dict, store: Callable[[dict], None]) -> None:
+    """Round by round one batch of each side; stores after each, and goes on after the rounds in `before`."""
+    few, done = examples(), before.get("rounds", [])
     plans = {side: plan(few, side) for side in sides(device)}
-    done = before.get("rounds", []) if before.get("records") == source else []
-    begin, trainers = time.perf_counter(), {s: kind(few, device, p) for s, (kind, p) in sides(device).items()}
+    trainers = {side: kind(few, device, precision) for side, (kind, precision) in sides(device).items()}
     for trainer in trainers.values():
         trainer.step([min(range(len(few)), key=lambda n: len(few[n][0]))])  # not timed
     longest = 0.0
-    while len(done) < len(plans["ours bf16"]) and time.perf_counter() - begin + longest < seconds:
-        row, started = {}, time.perf_counter()
-        for side, trainer in trainers.items():
-            members, at = plans[side][len(done)], time.perf_counter()
-            trainer.step(members)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            row[side] = [labels_in(few, members), round(time.perf_counter() - at, 4)]
-        done.append(row)
+    for number in range(len(done), min(map(len, plans.values()))):
+        started = time.perf_counter()
+        if done and started + longest > until:
+            return
+        done.append({side: timed(trainer, plans[side][number], few) for side, trainer in trainers.items()})
         longest = max(longest, time.perf_counter() - started)
-        print(len(done), row, flush=True)
-    return summary(done, few, source, plans)
+        store(summary(done, few, plans))
 
 
-def summary(done: list[dict], few: list[Example], source: str, plans: dict) -> dict:
+def timed(trainer: Ours | Theirs, members: list[int], few: list[Example]) -> list[float]:
+    """Label tokens and seconds of a step."""
+    begin = time.perf_counter()
+    trainer.step(members)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return [labels_in(few, members), round(time.perf_counter() - begin, 4)]
+
+
+def summary(done: list[dict], few: list[Example], plans: dict[str, list]) -> dict:
+    """Per side the rate over all rounds, the median round with the slowest and the fastest, and times PEFT."""
     rates, spread = {}, {}
-    for side in done[0]:
+    for side in plans:
         per_round = sorted(row[side][0] / row[side][1] for row in done)
         rates[side] = round(sum(row[side][0] for row in done) / sum(row[side][1] for row in done), 1)
         spread[side] = {"slowest": round(per_round[0], 1), "median": round(statistics.median(per_round), 1),
                         "fastest": round(per_round[-1], 1)}  # fmt: skip
     base = next(iter(rates))
     ratios = {side: round(rate / rates[base], 2) for side, rate in rates.items()}
+    medians = {side: round(spread[side]["median"] / spread[base]["median"], 2) for side in rates}
     shares = {"ours": real_share(LengthBatches(few, BATCH)), "peft": real_share(LengthBatches(few, BATCH, chunk=1))}
-    print("label tokens per second", rates, "times PEFT", ratios)
-    return {"records": source, "record_count": len(few), "rounds_done": len(done),
-            "rounds_in_an_epoch": len(plans[base]), "label_tokens_per_s": rates, "per_round": spread,
-            "times_peft": ratios,
+    print(f"{len(done)} rounds: label tokens per second {rates}, times PEFT {ratios}", flush=True)
+    return {"record_count": len(few), "rounds_done": len(done), "rounds_in_an_epoch": min(map(len, plans.values())),
+            "label_tokens_per_s": rates, "per_round": spread, "times_peft": ratios, "times_peft_median": medians,
             "real_positions": {k: round(v, 3) for k, v in shares.items()}, "rounds": done}  # fmt: skip
+
+
+class Results:
+    """The file of results; what it holds already counts if it was measured with the same settings."""
+
+    def __init__(self, path: Path, device: torch.device, fresh: bool):
+        settings = {"shape": "gpt2, random weights", "r": R, "alpha": ALPHA, "targets": ["c_attn"], "batch_size": BATCH}
+        settings |= {"records": source()[1], "device": device.type}
+        facts = {"command": "python benchmarks/lora.py", "settings": settings}
+        self.path, self.all = path, facts | {"machine": machine() | {"peft": peft.__version__}}
+        with contextlib.suppress(FileNotFoundError):
+            old = json.loads(path.read_text("utf-8"))
+            same = all(old.get(key) == value for key, value in self.all.items())
+            self.all |= {part: old[part] for part in PARTS if part in old and same and not fresh}
+
+    def store(self, part: str, found: dict) -> None:
+        self.all[part] = found
+        write_atomically(self.path, lambda t: t.write_text(json.dumps(self.all, indent=1) + "\n", "utf-8"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("losses", "memory", "speed", "peak"))
-    parser.add_argument("--seconds", type=float, default=3600, help="of speed: stop before the round that passes this")
-    parser.add_argument("--side", help="of peak: which side")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no new round of speed begins after so many")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the results hold already")
+    parser.add_argument("--out", type=Path, default=RESULTS / "lora.json")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if unknown := set(args.parts) - {*PARTS, "peak"}:
+        parser.error(f"{', '.join(unknown)}: the parts are {', '.join(PARTS)}")
     transformers.logging.set_verbosity_error()
-    device, path = pick_device(args.device), RESULTS / "lora.json"
-    if args.part == "peak":
+    if (SHARED / "tiktoken_cache").is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    device, until = pick_device(args.device), time.perf_counter() + 60 * args.minutes
+    if "peak" in args.parts:
         print(peak(args.side, device))
         return
-    results = {}
-    with contextlib.suppress(FileNotFoundError):
-        results = json.loads(path.read_text("utf-8"))
-    run = {"losses": losses, "memory": memory, "speed": lambda d: speed(d, args.seconds, results.get("speed", {}))}
-    part = run[args.part](device) | {"machine": machine() | {"peft": peft.__version__}}
-    shape = {"shape": "gpt2, random weights", "r": R, "alpha": ALPHA, "targets": ["c_attn"], "batch_size": BATCH}
-    write("lora", {"command": "python benchmarks/lora.py losses|memory|speed"} | shape | results | {args.part: part})
+    results = Results(args.out, device, args.fresh)
+    for part, run in (("losses", losses), ("memory", memory)):
+        if part in (args.parts or PARTS) and part not in results.all:
+            results.store(part, run(device))
+    if "speed" in (args.parts or PARTS):
+        speed(device, until, results.all.get("speed", {}), lambda found: results.store("speed", found))
+    print("written to", args.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+from instructions import tiny_encoding, tiny_model
+
+from minigpt_lib.model import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,3 +45,15 @@ def byte_encoding() -> tiktoken.Encoding:
     """256 bytes and the special token: enough to check what is encoded."""
     ranks = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+
+
+@pytest.fixture(scope="session")
+def enc() -> tiktoken.Encoding:
+    """The tiny vocabulary of the tests of instruction tuning; a file may have an `enc` of its own."""
+    return tiny_encoding()
+
+
+@pytest.fixture
+def model(seed, enc) -> GPTLanguageModel:
+    """A tiny model with fresh weights for that vocabulary, in eval mode; a file may have a `model` of its own."""
+    return tiny_model(enc.n_vocab)

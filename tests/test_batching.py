@@ -3,26 +3,14 @@
 import random
 
 import pytest
-import tiktoken
 import torch
 from conftest import ROOT
-from instructions import END, some_records, text, tiny_encoding, tiny_model
+from instructions import END, some_records, text
 
 from minigpt_lib.batching import LengthBatches, cut_evenly, encode_record, encode_records, pack, pad, real_share
 from minigpt_lib.loss import evaluate_loss, summed_loss
-from minigpt_lib.model import GPTLanguageModel
 from minigpt_lib.records import load_records
 from minigpt_lib.template import build_prompt, defuse, encode_prompt, encode_reply
-
-
-@pytest.fixture(scope="module")
-def enc() -> tiktoken.Encoding:
-    return tiny_encoding()
-
-
-@pytest.fixture
-def model(seed, enc) -> GPTLanguageModel:
-    return tiny_model(enc.n_vocab)
 
 
 def slow_labels(enc, record) -> list[int]:

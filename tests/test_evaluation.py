@@ -1,9 +1,8 @@
 """Answers, and how they are counted: format, end tokens, repetition, recall."""
 
 import pytest
-import tiktoken
 import torch
-from instructions import some_records, text, tiny_encoding, tiny_model
+from instructions import some_records, text
 
 from minigpt_lib.evaluation import (
     complete,
@@ -16,18 +15,7 @@ from minigpt_lib.evaluation import (
     reply_rates,
     states,
 )
-from minigpt_lib.model import GPTLanguageModel
 from minigpt_lib.template import encode_prompt
-
-
-@pytest.fixture(scope="module")
-def enc() -> tiktoken.Encoding:
-    return tiny_encoding()
-
-
-@pytest.fixture
-def model(seed, enc) -> GPTLanguageModel:
-    return tiny_model(enc.n_vocab)
 
 
 def test_batched_answers_equal_single_ones(model, enc):

@@ -4,9 +4,8 @@ import copy
 import json
 
 import pytest
-import tiktoken
 import torch
-from instructions import SIMPLE, tiny_encoding, tiny_model
+from instructions import SIMPLE
 
 from minigpt_lib.adapters import load_adapter
 from minigpt_lib.batching import encode_records
@@ -19,16 +18,6 @@ from minigpt_lib.training import TrainConfig
 from minigpt_lib.weights import load_pretrained
 
 TINY = Recipe(4, 8, 0.0, ("c_attn", "c_proj", "c_fc"), epochs=2, batch_size=4, lr=3e-2, lr_full=5e-3, max_len=100)
-
-
-@pytest.fixture(scope="module")
-def enc() -> tiktoken.Encoding:
-    return tiny_encoding()
-
-
-@pytest.fixture
-def model(seed, enc) -> GPTLanguageModel:
-    return tiny_model(enc.n_vocab)
 
 
 def test_bad_records_are_named_before_training(model, enc):
