@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .attention import causal_mask
 from .cache import KVCache
+from .generation import _check_cache
 from .model import GPTLanguageModel, _check_input, padding_mask
 
 # %% auto #0
-__all__ = ['FEW', 'quantize_int8', 'PackedLinear', 'PackedEmbedding', 'bucket', 'cpp_compiler', 'FastGPT']
+__all__ = ['FEW', 'BLOCK', 'quantize_int8', 'PackedLinear', 'PackedEmbedding', 'bucket', 'cpp_compiler', 'FastGPT']
 
 # %% ../notebooks/06b_fast_decoding.ipynb #cdd5f28f
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../notebooks/06b_fast_decoding.ipynb #e61a4815
 FEW = 8  # up to so many rows are multiplied one by one in a compiled step
+BLOCK = 512  # so many rows of a smaller matrix are widened at a time outside of it
 
 # %% ../notebooks/06b_fast_decoding.ipynb #fd0af039
 class PackedLinear(nn.Module):
@@ -68,10 +70,12 @@ class PackedLinear(nn.Module):
         """x (..., in) times the stored weights, without scale and bias."""
         rows, w = x.shape[:-1].numel(), self.weight
         if torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= FEW:
-            w = w.to(x.dtype)
-            y = torch.stack([(w * row).sum(-1) for row in x.reshape(rows, -1)])  # (rows, out)
+            halves = [h.to(x.dtype) for h in w.split(max(w.size(0) // 2, 1))]  # each (out // 2, in)
+            y = torch.stack([torch.cat([(h * row).sum(-1) for h in halves]) for row in x.reshape(rows, -1)])
             return y.reshape(*x.shape[:-1], -1)
-        if rows == 1 and w.dtype == x.dtype and not x.is_cuda:
+        if w.dtype != x.dtype and not x.is_cuda:
+            return torch.cat([F.linear(x, block.to(x.dtype)) for block in w.split(BLOCK)], dim=-1)
+        if rows == 1 and not x.is_cuda:
             return torch.mv(w, x.reshape(-1)).reshape(*x.shape[:-1], -1)
         return F.linear(x, w.to(x.dtype))
 
@@ -125,7 +129,7 @@ class _PackedGPT(GPTLanguageModel):
             else:
                 for kind, parameter in theirs.named_parameters(recurse=False):
                     setattr(layer, kind, parameter)
-        if weights is not None or tall:
+        if (weights is not None or tall) and not packed:  # nobody can look up a row in oneDNN's order
             self.wte = PackedEmbedding(self.lm_head, model.wpe.weight.dtype)
         self.eval()
 
@@ -205,21 +209,21 @@ class _StepGPT(_PackedGPT):
         else:
             mask, positions = padding_mask(attention_mask, T)  # (B, 1, T, end), (B, T)
         mask = F.pad(mask.expand(B, 1, T, end), (0, S - end))  # (B, 1, T, S): places behind the text are not seen
-        given = (idx, positions.expand(B, T), places, mask)  # copied, so that every call has the same strides
+        given = (idx.long(), positions.expand(B, T), places, mask)  # copied, so that every call has the same strides
         inputs = tuple(t.clone(memory_format=torch.contiguous_format) for t in given)
         return inputs, [k[:, :, :S] for k in cache.keys], [v[:, :, :S] for v in cache.values]
 
     def _compile(self) -> None:
         # 0: the input of a product is computed once and stored; inlined, each of its rows would compute it again
-        options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0}
+        options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False}
         if self.batch_size * max(self.rows) > FEW:
             options["freezing"] = True  # weights become constants, which oneDNN then puts into its own order
         apart = {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # compiled for one model alone:
-            apart["isolate_recompiles"] = True  # no call need check that it is still the same one
-            options["guard_filter_fn"] = lambda guards: [not g.name.startswith("self.") for g in guards]
-        self._run = torch.compile(self._step, fullgraph=True, dynamic=False, options=options, **apart)
+            apart["isolate_recompiles"] = True  # and for one T; `_decode` checks what else could differ, once
+            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
         for T in self.rows:
+            self._run[T] = torch.compile(self._step, fullgraph=True, dynamic=False, options=dict(options), **apart)
             cache = KVCache.for_model(self, self.batch_size)
             cache.pos = min(7, cache.max_len - T)
             with torch.inference_mode():
@@ -228,7 +232,7 @@ class _StepGPT(_PackedGPT):
                 for t in (*keys, *values):
                     torch._dynamo.mark_dynamic(t, 2)
                 torch._dynamo.mark_dynamic(inputs[-1], 3)
-                self._run(*inputs, keys, values)
+                self._run[T](*inputs, keys, values)
 
 # %% ../notebooks/06b_fast_decoding.ipynb #c7749daa
 class _DecodingGPT(_StepGPT):
@@ -248,6 +252,7 @@ class _DecodingGPT(_StepGPT):
         _check_input(idx, self.config, cache.pos, attention_mask)
         end = cache.pos + idx.size(1)
         cache.check_room(idx.size(0), end)
+        _check_cache(cache, self, idx.size(0), end)
         S = bucket(end, cache.max_len) if idx.is_cuda else end
         inputs, keys, values = self._inputs(idx, cache, attention_mask, S)
         if idx.is_cuda:
@@ -256,7 +261,7 @@ class _DecodingGPT(_StepGPT):
                 recordings[idx.shape, S] = _Recording(self._step, inputs, keys, values)
             logits = recordings[idx.shape, S](inputs)
         else:
-            logits = self._run(*inputs, keys, values)
+            logits = self._run[idx.size(1)](*inputs, keys, values)
         cache.advance(idx.size(1))
         return logits
 
@@ -307,7 +312,8 @@ class FastGPT(_DecodingGPT):
         super().__init__(model, weights, tall=not compile, packed=packed)
         self.compiled, self.batch_size, self.rows = compile, batch_size, rows
         self._recordings: weakref.WeakKeyDictionary[KVCache, dict] = weakref.WeakKeyDictionary()
-        self._run, self.compile_seconds = self._step, 0.0
+        self._run: dict[int, Callable[..., Tensor]] = {}  # a compiled step for each T in rows
+        self.compile_seconds = 0.0
         if compile and table.device.type == "cpu":
             begin = time.perf_counter()
             self._compile()

@@ -199,8 +199,8 @@ def test_nothing_is_compiled_again_while_decoding(fast, seed):
 @compiling
 def test_the_compiled_path_is_the_one_that_runs(fast, seed, monkeypatch):
     model, copies = fast
-    calls, run = [], copies[None]._run
-    monkeypatch.setattr(copies[None], "_run", lambda *args: calls.append(args[0].shape) or run(*args))
+    calls, run = [], copies[None]._run[1]
+    monkeypatch.setitem(copies[None]._run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
     generate(copies[None], prompt(5), 6, temperature=0)
     assert calls == [(1, 1)] * 5  # the first token comes out of the prefill
     calls.clear()
@@ -214,6 +214,20 @@ def test_a_compiled_batch_of_unequal_prompts(seed):
     rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
     batched = FastGPT(model, batch_size=12)  # more than a few rows: oneDNN's packed products
     idx, mask = pad(rows)
+    out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
+    for row, alone in zip(out, rows, strict=True):
+        assert torch.equal(row[30:], generate(model, alone, 25, temperature=0)[0, alone.size(1) :])
+
+
+def test_an_uncompiled_batch_of_unequal_prompts(model):
+    """More than a few rows: the products go through oneDNN's packed matrices."""
+    rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
+    batched = FastGPT(model, compile=False, batch_size=12)
+    assert batched.lm_head.weight.is_mkldnn
+    idx, mask = pad(rows)
+    with torch.no_grad():
+        want, got = model(idx, attention_mask=mask)[0], batched(idx, attention_mask=mask)[0]
+    assert (got - want)[mask.bool()].abs().max() <= 3e-5
     out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
     for row, alone in zip(out, rows, strict=True):
         assert torch.equal(row[30:], generate(model, alone, 25, temperature=0)[0, alone.size(1) :])
@@ -242,6 +256,34 @@ def test_compiled_steps_check_their_input_and_the_room(fast, seed):
         with pytest.raises(ValueError, match="token id 71"):
             copies[None](torch.tensor([[71]]), kv_cache=cache)
         assert cache.pos == 3
+
+
+@compiling
+def test_compiled_steps_refuse_a_cache_of_another_kind(fast, seed):
+    """No guard of the compiler looks at these: the step itself must."""
+    model, copies = fast
+    for wrong in ({"dtype": torch.bfloat16}, {"dtype": torch.float64}):
+        cache = KVCache(SMALL, **wrong)
+        cache.pos = 3
+        with pytest.raises(ValueError, match=f"kv_cache is {wrong['dtype']}, the model torch.float32"):
+            copies[None](prompt(1), kv_cache=cache)
+    with pytest.raises(ValueError, match="kv_cache has shape"):
+        cache = KVCache(GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=2, n_head=2))
+        cache.pos = 3
+        copies[None](prompt(1), kv_cache=cache)
+
+
+@compiling
+def test_a_cache_filled_with_gradients_on_and_int32_ids(fast, seed):
+    model, copies = fast
+    idx = prompt(20)
+    cache = KVCache.for_model(model)
+    copies[None](idx[:, :12], kv_cache=cache)  # no torch.no_grad(): the keys now hang on a graph
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = [copies[None](idx[:, t : t + 1].int(), kv_cache=cache)[0][:, 0] for t in range(12, 20)]
+    with torch.no_grad():
+        want = model(idx)[0][0, 12:]
+    assert (torch.cat(got) - want).abs().max() <= 5e-5
 
 
 # ---- windows that are longer than the text, as CUDA graphs need them
