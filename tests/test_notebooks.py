@@ -44,6 +44,12 @@ def test_exports_its_module(path):
     assert [p.name.split("_")[0] for p in NOTEBOOKS] == list(MODULES)
 
 
+def test_starts_with_its_title(path):
+    number = path.name.split("_")[0].removeprefix("0")
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown" and re.match(rf"# {number} · [A-Z]", first.source), first.source[:40]
+
+
 def test_is_made_of_short_cells(path):
     lengths = [len(code_lines(c.source)) for c in code_cells(path)]
     assert statistics.median(lengths) < 8 and max(lengths) <= 45
