@@ -28,6 +28,7 @@ from minigpt_lib.tensor_files import (
     StoredTensor,
     WeightsError,
     check_finite,
+    map_file,
     pieces,
     safetensors_entries,
     write_safetensors,
@@ -57,9 +58,13 @@ def _skeleton(config: GPTConfig) -> GPTLanguageModel:
         return GPTLanguageModel(config)
 
 
+def _shapes(model: GPTLanguageModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}  # names the tied head once, as wte.weight
+
+
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of this library's model, the tied `lm_head.weight` left out."""
-    return {name: tuple(t.shape) for name, t in _skeleton(config).state_dict().items() if name != "lm_head.weight"}
+    return _shapes(_skeleton(config))
 
 # %% ../notebooks/05_loading_weights.ipynb #1e50f6af
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
@@ -114,10 +119,10 @@ def _check_kind(name: str, t: Tensor | StoredTensor, shape: tuple[int, ...], dty
 
 # %% ../notebooks/05_loading_weights.ipynb #8d20defa
 def _fitting(
-    state: Mapping[str, Tensor | StoredTensor], config: GPTConfig, *, any_dtype: bool = False
+    state: Mapping[str, Tensor | StoredTensor], shapes: Mapping[str, tuple[int, ...]], *, any_dtype: bool = False
 ) -> dict[str, Tensor | StoredTensor]:
-    """The parameters in `state`, in the model's order and the hub's layout; all is checked but the values."""
-    given, shapes = _short_names(state), parameter_shapes(config)
+    """The parameters in `state`, in the order of the model's `shapes`, in the hub's layout; all but values checked."""
+    given = _short_names(state)
     _check_names(set(given) - {"lm_head.weight"}, set(shapes))
     given = _without_head(given)
     dtype = None if any_dtype else given["wte.weight"].dtype
@@ -141,10 +146,10 @@ def from_hf_state(
     Raises WeightsError naming the tensor for any other name, shape or dtype and for values that are not finite.
     """
     out = {}
-    for name, t in _fitting(state, config, any_dtype=dtype is not None).items():
-        check_finite(name, t)
+    for name, t in _fitting(state, parameter_shapes(config), any_dtype=dtype is not None).items():
         t = t.t() if name.endswith(TRANSPOSED) else t  # (out, in) for the four matrices
         out[name] = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        check_finite(name, out[name])
     return out
 
 # %% ../notebooks/05_loading_weights.ipynb #b6c9775f
@@ -272,8 +277,10 @@ def _load_all(
     entries: Mapping[str, StoredTensor], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """The parameters behind `entries`, every value looked at; the four matrices are transposed views."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        tensors = pool.map(lambda t: t.load(device, dtype), entries.values())
+    files = {path: map_file(path) for path in {t.path for t in entries.values()}}
+    only_read = device is None and all(t.crc is None and dtype in (None, t.dtype) for t in entries.values())
+    with ThreadPoolExecutor(1 if only_read else min(4, os.cpu_count() or 1)) as pool:
+        tensors = pool.map(lambda t: t.load(device, dtype, files[t.path]), entries.values())
         return {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in zip(entries, tensors, strict=True)}
 
 # %% ../notebooks/05_loading_weights.ipynb #ee82a1ed
@@ -289,12 +296,12 @@ def load_pretrained(
     """
     folder = model_folder(name_or_folder)
     config, entries = _open_folder(folder)
+    model = _skeleton(config)
     try:
-        state = _load_all(_fitting(entries, config, any_dtype=dtype is not None), device, dtype)
+        state = _load_all(_fitting(entries, _shapes(model), any_dtype=dtype is not None), device, dtype)
     except WeightsError as error:
         file = next(iter(entries.values())).path
         raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    model = _skeleton(config)
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]}, strict=True, assign=True)
     model.lm_head.weight = model.wte.weight  # assignment made two parameters of them: tie them again
     return model.eval()
@@ -328,7 +335,7 @@ def save_pretrained(model: GPTLanguageModel, folder: str | Path, enc: tiktoken.E
     state, config = _plain_state(model), model.config
     tensors = {name: t.cpu() for name, t in to_hf_state(state).items()}
     head = {"lm_head.weight": state["lm_head.weight"].cpu()}
-    for name, t in _fitting(tensors | head, config).items():  # as strict as loading
+    for name, t in _fitting(tensors | head, parameter_shapes(config)).items():  # as strict as loading
         check_finite(name, t)
     text = json.dumps(config_to_hf(config), indent=2) + "\n"
     writers: dict[str, Callable[[Path], None]] = {
