@@ -213,7 +213,7 @@ class StoredTensor:
                                f"{self.crc:08x} was stored with them. Get the file again")
         return out.view(self.shape)
 
-
+# %% ../notebooks/05_loading_weights.ipynb #b7e1f02c
 def pieces(t: Tensor | StoredTensor) -> tuple[Tensor, ...]:
     """The numbers of a tensor, a stored one a few megabytes at a time, in one dimension."""
     return (t,) if isinstance(t, Tensor) else t.stored().split(_PIECE)
