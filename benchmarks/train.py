@@ -1,11 +1,14 @@
 """Full training steps of the GPT-2 124M shape: speed and memory, beside nanoGPT or Transformers with plain PyTorch.
 
-    python benchmarks/train.py [--nanogpt CHECKOUT] [--layers 12] [--batch 4] [--window 256] [--repeats 5]
+    python benchmarks/train.py [--nanogpt CHECKOUT] [--layers 12] [--batch N] [--window N] [--repeats 5]
 
 A step is forward, backward, clipping and AdamW on random ids. Speeds are medians of steps taken in turn in one process;
 peak memory is the high-water mark of a fresh process for each candidate, less what the process had before the model and
 less four times the weights (weights, gradients, AdamW's two moments). Without a checkout of nanoGPT the peer is
 Transformers' GPT-2 with torch.optim.AdamW, used as nanoGPT's loop uses it. Writes benchmarks/results/train.json.
+
+On a CUDA device both sides run in bf16 and compiled, on 16 rows of 1,024 tokens unless told otherwise. What counts is
+the share of the bf16 peak that a matrix product reaches there. Writes benchmarks/results/train_cuda.json.
 """
 
 import argparse
@@ -33,15 +36,19 @@ LR = 1e-4
 OURS, RECOMPUTED, PEER = "minigpt", "minigpt, gradient checkpointing", "peer"
 
 
-def ours(args: argparse.Namespace, precision: str = "fp32", recompute: bool = False) -> tuple[nn.Module, Callable]:
+def ours(
+    args: argparse.Namespace, precision: str = "fp32", recompute: bool = False, compiled: bool = False
+) -> tuple[nn.Module, Callable]:
     model = GPTLanguageModel(GPTConfig.preset("gpt2", n_layer=args.layers)).to(args.device).train()
     model.gradient_checkpointing = recompute
+    for block in model.h if compiled else ():  # as TrainConfig(compile=True) does it
+        block.compile()
     cfg = TrainConfig(precision=precision)
     optimizer, batch = configure_optimizer(model, cfg), random_batch(args)
     return model, lambda: train_step(model, optimizer, [batch], LR, cfg)
 
 
-def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
+def peer(args: argparse.Namespace, precision: str = "fp32", compiled: bool = False) -> tuple[nn.Module, Callable]:
     """nanoGPT's loop (zero, forward, loss, backward, clip, step) around its own model or Transformers'."""
     if args.nanogpt:
         sys.path.insert(0, args.nanogpt)
@@ -59,13 +66,18 @@ def peer(args: argparse.Namespace) -> tuple[nn.Module, Callable]:
         model = GPT2LMHeadModel(GPT2Config(n_layer=args.layers, **off)).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
         loss_of = lambda idx, targets: F.cross_entropy(model(idx).logits.flatten(0, 1), targets.flatten())  # noqa: E731
+    if compiled:
+        model.compile()
     idx, targets = (t.to(args.device) for t in random_batch(args))
 
     def step() -> None:
-        loss_of(idx, targets).backward()
+        with torch.autocast(args.device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(idx, targets)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for a GPU, as a loop that logs its loss does
 
     return model, step
 
@@ -128,18 +140,29 @@ def checkpoint_seconds(model: nn.Module, repeats: int = 3) -> dict[str, float]:
                 "read_s": time.perf_counter() - begin}  # fmt: skip
 
 
-def speeds(args: argparse.Namespace) -> tuple[dict[str, list[float]], nn.Module]:
-    model, step = ours(args)
-    candidates = {"minigpt, fp32": step, f"{PEER}, fp32": peer(args)[1], "minigpt, bf16": ours(args, "bf16")[1]}
-    return interleaved(candidates, args.repeats), model
+def candidates(args: argparse.Namespace) -> dict[str, tuple[nn.Module, Callable]]:
+    """Name: model and step; the first is ours in the precision of the peer, which comes second."""
+    if args.device == "cuda":
+        how = {"precision": "bf16", "compiled": True}
+        return {f"{OURS}, bf16, compiled": ours(args, **how), f"{PEER}, bf16, compiled": peer(args, **how)}
+    return {f"{OURS}, fp32": ours(args), f"{PEER}, fp32": peer(args), f"{OURS}, bf16": ours(args, "bf16")}
+
+
+def compare(rows: dict[str, dict], cost: float, peak: float) -> dict[str, float]:
+    """The ratios of the speeds; cost is in operations a token, peak in operations a second in the first's precision."""
+    rate = {name: row["tokens_per_s"] for name, row in rows.items()}
+    first, second, *more = rate
+    ratios = {f"{first} / {PEER}": rate[first] / rate[second]}
+    ratios |= {f"{name} / {first}": rate[name] / rate[first] for name in more}
+    return ratios | {f"share of the measured peak: {name}": rate[name] * cost / peak for name in (first, second)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", metavar="CHECKOUT", help="a checkout of karpathy/nanoGPT to measure against")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--batch", type=int, help="rows (default: 4, on CUDA 16)")
+    parser.add_argument("--window", type=int, help="tokens a row (default: 256, on CUDA 1024)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -147,24 +170,22 @@ def main() -> None:
     if args.memory:
         measure_memory(args)
         return
-    memory = {name: memory_of(name, args) for name in (OURS, RECOMPUTED, PEER)} if args.device == "cpu" else {}
-    seconds, model = speeds(args)
-    tokens = args.batch * args.window
-    rows = {name: summary(times, tokens) for name, times in seconds.items()}
-    rate = {name: row["tokens_per_s"] for name, row in rows.items()}
+    cuda = args.device == "cuda"
+    args.batch, args.window = args.batch or (16 if cuda else 4), args.window or (1024 if cuda else 256)
+    memory = {} if cuda else {name: memory_of(name, args) for name in (OURS, RECOMPUTED, PEER)}
+    running = candidates(args)
+    seconds = interleaved({name: step for name, (_, step) in running.items()}, args.repeats)
+    first, (model, _) = next(iter(running.items()))
+    rows = {name: summary(times, args.batch * args.window) for name, times in seconds.items()}
+    peak = measured_peak(torch.device(args.device), torch.bfloat16 if cuda else None)
+    ratios = compare(rows, flops_per_token(model, args.window), peak)
     saving = checkpoint_seconds(model)
-    peak = measured_peak(torch.device(args.device))
-    step = statistics.median(seconds["minigpt, fp32"])
-    ratios = {
-        "fp32: minigpt / peer": rate["minigpt, fp32"] / rate[f"{PEER}, fp32"],
-        "minigpt: bf16 / fp32": rate["minigpt, bf16"] / rate["minigpt, fp32"],
-        "share of the measured fp32 peak": rate["minigpt, fp32"] * flops_per_token(model, args.window) / peak,
-        "a checkpoint every 500 steps, share of the time": saving["write_s"] / (500 * step),
-    }
+    share = saving["write_s"] / (500 * statistics.median(seconds[first]))
+    ratios["a checkpoint every 500 steps, share of the time"] = share
     for name in (OURS, RECOMPUTED) if memory else ():
-        ratios[f"memory above the state: {name} / peer"] = memory[name]["above_bytes"] / memory[PEER]["above_bytes"]
+        ratios[f"memory above the state: {name} / {PEER}"] = memory[name]["above_bytes"] / memory[PEER]["above_bytes"]
     for name, row in rows.items():
-        print(f"{name:16} {row['tokens_per_s']:8.1f} tokens/s   ({row['slowest']:.1f} to {row['fastest']:.1f})")
+        print(f"{name:22} {row['tokens_per_s']:8.1f} tokens/s   ({row['slowest']:.1f} to {row['fastest']:.1f})")
     for name, row in memory.items():
         print(f"{name:34} {row['above_bytes'] / 1e6:7.0f} MB above {row['state_bytes'] / 1e6:.0f} MB")
     print(*(f"{name}: {ratio:.3f}" for name, ratio in ratios.items()), sep="\n")
@@ -172,7 +193,7 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("memory", "nanogpt")} | {"peer": who, "dropout": 0.0}
     results = {"machine": machine(), "settings": settings, "rows": rows, "memory": memory, "checkpoint": saving}
     results |= {"peak_flops": peak, "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()}}
-    name = "train" if args.layers == 12 else f"train_{args.layers}_layers"
+    name = ("train_cuda" if cuda else "train") + ("" if args.layers == 12 else f"_{args.layers}_layers")
     print("written to", write(name, results))
 
 

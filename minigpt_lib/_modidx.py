@@ -639,6 +639,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'minigpt_lib.training._keep_batches': ('pretraining.html#_keep_batches', 'minigpt_lib/training.py'),
                                       'minigpt_lib.training._looks': ('pretraining.html#_looks', 'minigpt_lib/training.py'),
                                       'minigpt_lib.training._prepared': ('pretraining.html#_prepared', 'minigpt_lib/training.py'),
+                                      'minigpt_lib.training._say_how_far': ('pretraining.html#_say_how_far', 'minigpt_lib/training.py'),
                                       'minigpt_lib.training._shared_tokens': ('pretraining.html#_shared_tokens', 'minigpt_lib/training.py'),
                                       'minigpt_lib.training.interrupt_flag': ('pretraining.html#interrupt_flag', 'minigpt_lib/training.py'),
                                       'minigpt_lib.training.is_due': ('pretraining.html#is_due', 'minigpt_lib/training.py'),

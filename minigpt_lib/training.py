@@ -294,7 +294,7 @@ def pretrain(
     if enc.n_vocab > config.vocab_size:
         raise ValueError(f"the tokenizer has {enc.n_vocab} ids, the model's vocab_size is only {config.vocab_size}")
     with process_group(device) as device:
-        ids = _shared_tokens(corpus, enc, tokens)
+        ids = _shared_tokens(corpus, enc, tokens, options.get("progress", True))
         windows = TokenWindows(ids, window, cfg.batch_size, cfg.seed)
         val = heldout_batches(load_tokens(heldout, enc), window, cfg.batch_size, limit=16) if heldout else None
         with torch.random.fork_rng([]):
@@ -308,14 +308,20 @@ def pretrain(
         return whole_model(model).eval(), history
 
 # %% ../notebooks/04_pretraining.ipynb #3ebbe6ca
-def _shared_tokens(corpus: Corpus, enc: tiktoken.Encoding, path: str | Path | None) -> np.ndarray:
-    """`load_tokens`, where on several ranks the first one writes the file and the others wait for it."""
+def _shared_tokens(corpus: Corpus, enc: tiktoken.Encoding, path: str | Path | None, show: bool) -> np.ndarray:
+    """`load_tokens`, where on several ranks the first one writes the file, says how far it is, and the others wait."""
     if path is not None and not current_ranks().main:
         wait_for_all()
-    ids = load_tokens(corpus, enc, path)
+    ids = load_tokens(corpus, enc, path, _say_how_far if show else None)
     if path is not None and current_ranks().main:
         wait_for_all()
     return ids
+
+
+def _say_how_far(done: int, total: int) -> None:
+    """A line on stderr, written over and over, for text that is long enough to wait for: bytes read, bytes in all."""
+    if total > 2**23:
+        sys.stderr.write(f"\rencoding the text: {done / total:4.0%}" + "\n" * (done >= total))
 
 # %% ../notebooks/04_pretraining.ipynb #89127b23
 def training_parser() -> argparse.ArgumentParser:
