@@ -4,6 +4,7 @@
 __all__ = ['WORKERS', 'QUEUE', 'SESSIONS', 'build_app', 'check_port', 'launch']
 
 # %% ../notebooks/09_chat.ipynb #84a034ae
+import inspect
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,17 @@ from typing import Any
 
 from .chat import ChatModels, load_models
 from .handlers import CONTROLS, ChatHandlers, Page
-from .layout import CSS, app_theme, attention_tab, chat_tab, compare_tab, header, need_gradio, settings
+from minigpt_lib.layout import (
+    CSS,
+    MARK_JS,
+    app_theme,
+    attention_tab,
+    chat_tab,
+    compare_tab,
+    header,
+    need_gradio,
+    settings,
+)
 
 # %% ../notebooks/09_chat.ipynb #a98c38c5
 WORKERS = 2  # replies at a time
@@ -32,80 +43,126 @@ def _drawn(gr: Any, part: Page, page: Page) -> dict:
         page["examples"] = gr.update(visible=idle == 0)
     return {part[name]: value for name, value in page.items() if name in part}
 
+
+def _signature(*names: str) -> inspect.Signature:
+    """What Gradio reads to name the parameters of an endpoint."""
+    return inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+
 # %% ../notebooks/09_chat.ipynb #d31e9ab6
-def _listener(gr: Any, part: Page, do: Callable) -> Callable:
-    """`do`, which returns one page, as Gradio calls it."""
-    return lambda *values: _drawn(gr, part, do(*values))
+def _listener(gr: Any, part: Page, do: Callable, *names: str) -> Callable:
+    """`do`, which returns one page, as Gradio calls it; `names` are those of its values in the API."""
+
+    def run(*values: Any) -> dict:
+        return _drawn(gr, part, do(*values))
+
+    run.__signature__ = _signature(*names)
+    return run
 
 # %% ../notebooks/09_chat.ipynb #40f9da8a
-def _streamer(gr: Any, part: Page, do: Callable) -> Callable:
-    """`do`, which yields pages and wants to know whose they are, as Gradio calls it."""
+def _streamer(gr: Any, part: Page, do: Callable, *names: str) -> Callable:
+    """`do`, which yields pages and wants to know whose they are, as Gradio calls it; `names` as in `_listener`."""
 
     def run(request: Any, *values: Any) -> Iterator[dict]:
         with closing(do(request.session_hash, *values)) as pages:  # it ends when the reader stops or leaves
             for page in pages:
                 yield _drawn(gr, part, page)
 
+    run.__signature__ = _signature("request", *names)
     run.__annotations__ = {"request": gr.Request}  # this is how Gradio learns what to hand in
     return run
 
 # %% ../notebooks/09_chat.ipynb #62b35ab6
-def _picker(gr: Any, part: Page, do: Callable) -> Callable:
-    """`do`, which wants to know which message was chosen, as Gradio calls it."""
+def _picker(gr: Any, part: Page, do: Callable, *names: str) -> Callable:
+    """`do`, which wants to know what was chosen on the page, `names` of it, as Gradio calls it."""
 
-    def run(event: Any, history: list[dict], *values: Any) -> dict:
-        n = event._data.get("index") if isinstance(event._data, dict) else None
-        return _drawn(gr, part, do(history, n, *values))
+    def run(event: Any, *values: Any) -> dict:
+        told = event._data if isinstance(event._data, dict) else {}
+        return _drawn(gr, part, do(*values[:1], *(told.get(name) for name in names), *values[1:]))
 
     run.__annotations__ = {"event": gr.EventData}
     return run
 
 # %% ../notebooks/09_chat.ipynb #06477501
+_ABOUT = {  # the endpoints that programs may call
+    "chat": "Answer a message, and stream the page while the reply grows. The session keeps the conversation.",
+    "retry": "Answer the last message of the conversation once more.",
+    "clear": "Begin a new conversation.",
+    "undo": "Take back the last message and its reply.",
+    "side_by_side": "Answer one message with the base model and with the adapter, same settings and seed.",
+    "attention": "Where one head of one layer looks in a text, and all heads at a glance. Head 0 is the mean of all.",
+}
+
+
 def _work(part: Page, *names: str) -> dict[str, Any]:
     """How a request for the model is queued; its place is shown on the status line."""
     return {"outputs": [part[name] for name in names], "concurrency_limit": WORKERS, "concurrency_id": "model",
             "trigger_mode": "once", "show_progress": "minimal", "show_progress_on": part["status"]}
 
 
-_QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+_UNNAMED = {"api_visibility": "private"}  # for the page alone
+_QUIET = _UNNAMED | {"queue": False, "show_progress": "hidden"}
 _CHAT = ("box", "talk", "status", "choices", "history", "stored", "send", "stop", "retry", "undo", "examples")
+
+
+def _named(name: str) -> dict[str, str]:
+    return {"api_name": name, "api_description": _ABOUT[name]}
+
+# %% ../notebooks/09_chat.ipynb #d95a299e
+def _turn_buttons(part: Page, working: bool) -> dict[str, Any]:
+    """A listener in the browser alone: Stop takes the place of Send while there is work, also while it waits.
+
+    It has to come before the listener that does the work, as the page calls them in this order.
+    """
+    names = [name for name in ("send", "stop", "retry", "undo") if name in part]
+    looks = {"send": f"visible: {not working}", "stop": f"visible: {working}"}
+    updates = (f"{{__type__: 'update', {looks.get(name, f'interactive: {not working}').lower()}}}" for name in names)
+    return {"fn": None, "outputs": [part[name] for name in names], "js": f"() => [{', '.join(updates)}]", **_QUIET}
 
 # %% ../notebooks/09_chat.ipynb #12a48462
 def _wire_chat(gr: Any, do: ChatHandlers, part: Page, controls: list[Any]) -> None:
     history, box, talk, work = part["history"], part["box"], part["talk"], _work(part, *_CHAT)
-    send, retry = _streamer(gr, part, do.send), _streamer(gr, part, do.retry)
-    runs = [gr.on([box.submit, part["send"].click], send, [box, history, *controls], api_name="chat", **work)]
-    runs += [part["retry"].click(retry, [history, *controls], api_name="retry", **work)]
+    send = _streamer(gr, part, do.send, "message", "history", *CONTROLS)
+    retry = _streamer(gr, part, do.retry, "history", *CONTROLS)
+    asks = [box.submit, part["send"].click]
+    gr.on([*asks, part["retry"].click, *(chip.click for chip in part["chips"])], **_turn_buttons(part, True))
+    runs = [gr.on(asks, send, [box, history, *controls], **_named("chat"), **work)]
+    runs += [part["retry"].click(retry, [history, *controls], **_named("retry"), **work)]
     for chip in part["chips"]:
-        runs += [chip.click(send, [chip, history, *controls], api_visibility="private", **work)]
+        runs += [chip.click(send, [chip, history, *controls], **work, **_UNNAMED)]
+    for run in runs:  # which fails when the queue is full, say
+        run.failure(**_turn_buttons(part, False))
     # first the running generator ends, then the page changes: what it still had to say does not come after
-    page = [part[name] for name in _CHAT]
+    page, open_to_all = [part[name] for name in _CHAT], _QUIET | {"api_visibility": "public"}
     stopped = part["stop"].click(None, cancels=runs, **_QUIET)
-    stopped.then(_listener(gr, part, do.stopped), history, page, **_QUIET)
+    stopped.then(_listener(gr, part, do.stopped, "history"), history, page, **_QUIET)
     cleared = part["clear"].click(None, cancels=runs, **_QUIET)
-    open_to_all = _QUIET | {"api_visibility": "public"}
-    cleared.then(_listener(gr, part, do.clear), None, page, api_name="clear", **open_to_all)
-    part["undo"].click(_listener(gr, part, do.undo), history, page, api_name="undo", **open_to_all)
-    talk.edit(_picker(gr, part, do.edit), history, page, **_QUIET)
-    inside = _work(part, "choices") | {"api_visibility": "private"}
-    talk.select(_picker(gr, part, do.look), [history, *controls], **inside)
-    part["watch"].input(_listener(gr, part, do.watching), [history, *controls], **inside)
+    cleared.then(_listener(gr, part, do.clear), None, page, **_named("clear"), **open_to_all)
+    part["undo"].click(_listener(gr, part, do.undo, "history"), history, page, **_named("undo"), **open_to_all)
+    talk.edit(_picker(gr, part, do.edit, "index"), history, page, **_QUIET)
+    inside = _work(part, "choices") | _UNNAMED
+    talk.select(_picker(gr, part, do.look, "index"), [history, *controls], **inside)
+    part["watch"].input(_listener(gr, part, do.watching, "history", *CONTROLS), [history, *controls], **inside)
 
 # %% ../notebooks/09_chat.ipynb #030d8282
 def _wire_compare(gr: Any, do: ChatHandlers, part: Page, controls: list[Any]) -> None:
     names = ("status", "base", "tuned", "send", "stop")
     triggers = [part["box"].submit, part["send"].click]
-    run = gr.on(triggers, _streamer(gr, part, do.compare), [part["box"], *controls], api_name="side_by_side",
-                **_work(part, *names))
+    gr.on(triggers, **_turn_buttons(part, True))
+    run = gr.on(triggers, _streamer(gr, part, do.compare, "message", *CONTROLS), [part["box"], *controls],
+                **_named("side_by_side"), **_work(part, *names))
+    run.failure(**_turn_buttons(part, False))
     stopped = part["stop"].click(None, cancels=[run], **_QUIET)
     stopped.then(_listener(gr, part, lambda: {"idle": 0}), None, [part["send"], part["stop"]], **_QUIET)
 
 # %% ../notebooks/09_chat.ipynb #2f4760cc
 def _wire_attention(gr: Any, do: ChatHandlers, part: Page, controls: list[Any]) -> None:
-    asks = [part[name] for name in ("box", "layer", "head")] + controls
-    triggers = [part["box"].submit, part["look"].click, part["layer"].change, part["head"].change]
-    gr.on(triggers, _listener(gr, part, do.attention), asks, api_name="attention",
-          **_work(part, "map") | {"trigger_mode": "always_last"})
+    names, one = ("text", "layer", "head", "adapter", "strength"), {"map": part["map"]}
+    asks = [part["box"], part["layer"], part["head"], *controls]
+    gr.on([part["tab"].select, part["box"].submit, part["look"].click], _listener(gr, part, do.attention, *names), asks,
+          **_named("attention"), **_work(part, "map", "heads") | {"trigger_mode": "always_last"})
+    gr.on([part["layer"].change, part["head"].change], _listener(gr, one, do.attention, *names), asks, js=MARK_JS,
+          **_work(part, "map") | _UNNAMED | {"trigger_mode": "always_last", "show_progress": "hidden"})
+    part["heads"].select(_picker(gr, part, do.head, "layer", "head"), None, [part["layer"], part["head"]], **_QUIET)
 
 # %% ../notebooks/09_chat.ipynb #8fcc81c4
 def build_app(
@@ -127,15 +184,15 @@ def build_app(
             chat = chat_tab(f"minigpt-{models.name}")
         with gr.Tab("Side by side"):
             both = compare_tab(models)
-        with gr.Tab("Attention"):
-            look = attention_tab(models)
+        with gr.Tab("Attention") as tab:
+            look = attention_tab(models) | {"tab": tab}
         with gr.Accordion("Settings", open=False):
             named = settings(models) | {"watch": chat["watch"]}
         controls = [named[name] for name in CONTROLS]
         _wire_chat(gr, do, chat, controls)
         _wire_compare(gr, do, both, controls)
         _wire_attention(gr, do, look, [named["adapter"], named["strength"]])
-        app.load(_listener(gr, chat, do.restore), chat["stored"], [chat[name] for name in _CHAT], **_QUIET)
+        app.load(_listener(gr, chat, do.restore, "stored"), chat["stored"], [chat[name] for name in _CHAT], **_QUIET)
     app.queue(max_size=QUEUE, default_concurrency_limit=WORKERS)
     off = dict.fromkeys(("share", "run_history", "ssr_mode", "enable_monitoring", "mcp_server"), False)
     look = {"theme": app_theme(), "css": CSS, "footer_links": [], "state_session_capacity": SESSIONS,

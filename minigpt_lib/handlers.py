@@ -17,7 +17,16 @@ from .chat import LRU, NO_ADAPTER, ChatModels, Reply, Sampling, fit_turns, strea
 from .insight import attention_maps, choice, choices, token_text
 from .layout import conversation
 from .model import GPTLanguageModel
-from .pages import answer_card, attention_table, notice, odds, paced, status_line, token_strip
+from minigpt_lib.pages import (
+    answer_card,
+    attention_table,
+    heads_overview,
+    notice,
+    odds,
+    paced,
+    status_line,
+    token_strip,
+)
 
 # %% ../notebooks/09_chat.ipynb #94efa024
 MAX_CHARS = 20_000  # of a message: more is refused before it is tokenized
@@ -201,18 +210,23 @@ class ChatHandlers(_Conversation):
         return self.look(history, len(history) - 1, *controls) if watch and history else {"choices": ""}
 
     def attention(self, text: Any, layer: Any, head: Any, adapter: Any, strength: Any) -> Page:
-        """Where a head looks in a text; head 0 is the mean of all."""
+        """Where a head looks in a text, and all heads at a glance; head 0 is the mean of all."""
         try:
             model, ids = self.models.at(adapter, strength), self.models.enc.encode_ordinary(checked_message(text))
             layers, heads = self.models.base.config.n_layer, self.models.base.config.n_head
             for name, value, low, high in (("layer", layer, 1, layers), ("head", head, 0, heads)):
                 if value not in range(low, high + 1):
                     raise ValueError(f"{name}={value!r:.60} must be a whole number from {low} to {high}")
-            maps = attention_maps(model, ids)[int(layer) - 1]  # (nh, T, T)
-            weights = maps[int(head) - 1] if head else maps.mean(0)
-            return {"map": attention_table([token_text(self.models.enc, i) for i in ids], weights)}
+            maps = attention_maps(model, ids)  # (n_layer, nh, T, T)
+            one = maps[int(layer) - 1, int(head) - 1] if head else maps[int(layer) - 1].mean(0)  # (T, T)
+            names = [token_text(self.models.enc, i) for i in ids]
+            return {"map": attention_table(names, one), "heads": heads_overview(maps, int(layer), int(head))}
         except ValueError as error:
-            return {"map": notice(f"{error}")}
+            return {"map": notice(f"{error}"), "heads": ""}
+
+    def head(self, layer: Any, head: Any) -> Page:
+        """The layer and the head that were chosen among all."""
+        return {"layer": layer, "head": head} if isinstance(layer, int) and isinstance(head, int) else {}
 
     def compare(self, session: str, message: Any, *controls: Any) -> Iterator[Page]:
         """The same prompt for base and tuned model, token by token in turn."""

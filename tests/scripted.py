@@ -24,10 +24,10 @@ def byte_encoding(folder: Path) -> tiktoken.Encoding:
     return load_tokenizer(folder)
 
 
-def tiny_folder(folder: Path, *, adapter: bool = True) -> Path:
+def tiny_folder(folder: Path, *, adapter: bool = True, config: GPTConfig = TINY) -> Path:
     """A random model, wide awake (its logits differ), in the Hugging Face layout, with an adapter in adapter/."""
     folder.mkdir(parents=True, exist_ok=True)
-    enc, model = byte_encoding(folder), GPTLanguageModel(TINY)
+    enc, model = byte_encoding(folder), GPTLanguageModel(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))

@@ -2,10 +2,18 @@
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
+import torch
 from browser import chromium, watched
-from scripted import scripted_models
+from scripted import TINY, scripted_models, tiny_folder
+
+from minigpt_lib.app import QUEUE, WORKERS
+from minigpt_lib.chat import load_models
+from minigpt_lib.insight import attention_maps
 
 pytest.importorskip("gradio", reason="the chat app needs Gradio")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -23,6 +31,19 @@ def served(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def several_heads(tmp_path_factory):
+    """The address of an app over a random model of three layers of two heads, and the models."""
+    from minigpt_lib.app import build_app, launch
+
+    torch.manual_seed(0)
+    config = replace(TINY, n_layer=3)
+    models = load_models(tiny_folder(tmp_path_factory.mktemp("heads") / "tiny", config=config), device="cpu")
+    app = build_app(models)
+    yield launch(app, 0, block=False), models
+    app.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
 def browser():
     with chromium() as started:
         yield started
@@ -31,12 +52,18 @@ def browser():
 @pytest.fixture
 def page(browser, served):
     page, complaints = watched(browser)
-    page.goto(served[0])
-    page.locator("#message textarea").wait_for()
-    page.wait_for_timeout(1000)  # until the answer to the page's first request, what it remembers, is in place
+    opened(page, served[0])
     yield page
     page.context.close()
     assert complaints == []
+
+
+def opened(page, address: str) -> None:
+    """Open the page, and wait until the answer to its first request, what it remembers, is in place."""
+    with page.expect_response("**/run/predict*"):
+        page.goto(address)
+    page.locator("#message textarea").wait_for()
+    page.wait_for_timeout(200)
 
 
 def send(page, text: str) -> None:
@@ -84,6 +111,13 @@ def still(models) -> bool:
     return calls == models.tuned.calls + models.base.calls
 
 
+def expect_still(models, seconds: float = 10) -> None:
+    """Wait until the model stands still."""
+    end = time.monotonic() + seconds
+    while not still(models):
+        assert time.monotonic() < end, "the model goes on writing"
+
+
 def test_a_reply_streams_in_and_its_cost_is_shown(page, served):
     set_new_tokens(page, 40)
     send(page, "Hello")
@@ -108,7 +142,7 @@ def test_stop_frees_the_worker_and_the_conversation_goes_on(page, served):
     expect(page, lambda p: len(reply(p)) > 5)
     page.locator("#stop").click()
     page.locator("#send").wait_for()
-    expect(page, lambda p: still(served[1]), 10)
+    expect_still(served[1])
     stopped = reply(page)
     assert 5 < len(stopped) < 300
     set_new_tokens(page, 6)
@@ -117,16 +151,16 @@ def test_stop_frees_the_worker_and_the_conversation_goes_on(page, served):
     assert page.locator("#talk").inner_text().count("Go") == 1 and stopped in page.locator("#talk").inner_text()
 
 
-def test_closing_the_page_frees_the_worker(browser, served):
-    page, _ = watched(browser)
-    page.goto(served[0])
-    set_new_tokens(page, 450)
-    send(page, "Go")
-    expect(page, lambda p: len(reply(p)) > 5)
-    page.context.close()
-    end = time.monotonic() + 10
-    while not still(served[1]):
-        assert time.monotonic() < end, "the model goes on writing for nobody"
+def test_closing_the_page_frees_the_worker_within_a_second(browser, served):
+    for _ in range(3):
+        page, _ = watched(browser)
+        opened(page, served[0])
+        set_new_tokens(page, 450)
+        send(page, "Go")
+        expect(page, lambda p: len(reply(p)) > 5)
+        page.context.close()
+        time.sleep(1)
+        assert still(served[1]), "the model goes on writing for nobody"
 
 
 def test_examples_retry_and_clear(page):
@@ -150,7 +184,66 @@ def test_clear_in_the_middle_of_a_reply_stops_it(page, served):
     expect(page, lambda p: len(reply(p)) > 5)
     page.locator("#clear").click()
     expect(page, lambda p: p.locator("#send").is_visible() and reply(p) == "")
-    expect(page, lambda p: still(served[1]), 10)
+    expect_still(served[1])
+
+
+@contextmanager
+def both_workers_busy(address: str, waiting: int = 0) -> Iterator:
+    """Somebody else's replies occupy the workers, and so many more requests wait; they end with the block."""
+    from gradio_client import Client
+
+    other = Client(address, verbose=False, analytics_enabled=False)
+    jobs = []
+    try:
+        for n in (WORKERS, waiting):
+            new = [other.submit("Hi", temperature=0, max_new_tokens=480, api_name="/chat") for _ in range(n)]
+            jobs += new
+            end = time.monotonic() + 30
+            while not all(job.outputs() for job in jobs[:WORKERS]) or None in [j.status().rank for j in jobs[WORKERS:]]:
+                assert time.monotonic() < end, "the queue did not fill"
+                time.sleep(0.02)
+        yield jobs
+    finally:
+        for job in jobs[::-1]:
+            job.cancel()
+
+
+@pytest.mark.parametrize("way_out", ["#stop", "#clear"])
+def test_who_waits_sees_the_place_in_the_queue_and_can_leave_it(page, served, way_out):
+    set_new_tokens(page, 3)
+    send(page, "Before")
+    expect(page, lambda p: reply(p) == LETTERS[:3] and p.locator("#retry").is_enabled())
+    with both_workers_busy(served[0]):
+        send(page, "Shall I wait?")
+        place = page.locator("#status .progress-text")
+        expect(page, lambda p: place.is_visible() and "queue: 1/1" in place.inner_text())
+        seen, around = place.bounding_box(), page.locator("#status").bounding_box()
+        assert seen["height"] >= 15 and around["y"] <= seen["y"] < around["y"] + around["height"]
+        assert page.locator("#stop").is_visible() and page.locator("#retry").is_disabled()
+        page.locator(way_out).click()
+        expect(page, lambda p: p.locator("#send").is_visible() and not p.locator("#stop").is_visible())
+        left = ["Before", LETTERS[:3]] if way_out == "#stop" else []
+        expect(page, lambda p: said(p) == left)
+        kept = page.locator("#message textarea").input_value()
+        assert kept == ("Shall I wait?" if way_out == "#stop" else "")
+    expect_still(served[1])
+    page.wait_for_timeout(300)
+    assert said(page) == left, "a request that was taken back was answered"
+    send(page, "After")
+    expect(page, lambda p: said(p) == [*left, "After", LETTERS[:3]])
+
+
+def test_a_full_queue_is_told_and_the_message_stays(browser, served):
+    page, complaints = watched(browser)
+    opened(page, served[0])
+    with both_workers_busy(served[0], QUEUE):
+        send(page, "Too late")
+        expect(page, lambda p: "try again" in p.locator("body").inner_text())
+        expect(page, lambda p: p.locator("#send").is_visible() and not p.locator("#stop").is_visible())
+        assert page.locator("#message textarea").input_value() == "Too late" and said(page) == []
+    assert {text.split(":")[0] for text in complaints} == {"503", "console"}  # the refusal itself
+    page.context.close()
+    expect_still(served[1])
 
 
 def test_side_by_side_shows_both_models_at_once(page):
@@ -184,7 +277,7 @@ def test_side_by_side_stops(page, served):
     expect(page, lambda p: "ABCD" in p.locator("#tuned").inner_text())
     page.locator("#stop-both").click()
     page.locator("#ask").wait_for()
-    expect(page, lambda p: still(served[1]), 10)
+    expect_still(served[1])
 
 
 def test_what_people_write_is_shown_as_text(page):
@@ -233,18 +326,22 @@ def test_the_seed_is_empty_and_the_cache_is_on_to_begin_with(page):
     expect(page, lambda p: "cache off" in p.locator("#status").inner_text())
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (320, "dark")])
-def test_the_page_is_light_and_fits_every_width(browser, served, width, scheme):
-    page, complaints = watched(browser, width, 800, color_scheme=scheme)
-    page.goto(served[0])
-    page.locator("#message textarea").wait_for()
+@pytest.mark.parametrize(
+    ("width", "system", "asked", "dark"),
+    [(1280, "light", "", False), (1280, "dark", "", True), (390, "light", "dark", True), (320, "dark", "light", False)],
+)
+def test_the_page_fits_every_width_and_is_light_or_dark_as_asked(browser, served, width, system, asked, dark):
+    page, complaints = watched(browser, width, 800, color_scheme=system)
+    opened(page, served[0] + (f"?__theme={asked}" if asked else ""))
     send(page, "A long word: " + "x" * 200)
     expect(page, lambda p: len(reply(p)) > 20)
     for tab in ("Side by side", "Attention", "Chat"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{tab} scrolls sideways"
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert min(map(int, re.findall(r"\d+", background)[:3])) > 230
+    for name in ("body", "#talk .log", "#talk article.assistant > p", "#message textarea", "#clear"):
+        painted = page.locator(name).first.evaluate("e => getComputedStyle(e).backgroundColor")
+        channels = [int(n) for n in re.findall(r"\d+", painted)[:3]]
+        assert max(channels) < 70 if dark else min(channels) > 225, f"{name} is painted {painted}"
     for name in ("#message textarea", "#talk", "#clear"):
         box = page.locator(name).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 40
@@ -282,7 +379,7 @@ def test_the_conversation_survives_a_reload_and_a_stop_and_ends_with_clear(page,
     expect(page, lambda p: len(reply(p)) > 5)
     page.locator("#stop").click()
     page.locator("#send").wait_for()
-    expect(page, lambda p: still(served[1]), 10)
+    expect_still(served[1])
     expect(page, lambda p: p.locator("#talk .busy").count() == 0)
     before = said(page)
     page.wait_for_timeout(300)
@@ -301,7 +398,7 @@ def test_the_conversation_survives_a_reload_and_a_stop_and_ends_with_clear(page,
 
 def test_a_forged_history_in_the_browser_does_no_harm(browser, served):
     page, _ = watched(browser)  # Gradio writes to the console that it cannot read it
-    page.goto(served[0])
+    opened(page, served[0])
     set_new_tokens(page, 3)
     send(page, "Hello")
     expect(page, lambda p: reply(p) == LETTERS[:3])
@@ -358,9 +455,43 @@ def test_attention_is_drawn_for_a_text_a_layer_and_a_head(page):
     expect(page, lambda p: p.locator("#map tbody tr").count() == 7)
     assert page.locator("#map tbody th").all_inner_texts() == ["A", "·", "<", "b", ">", "·", "c"]
     assert page.locator("#map tbody tr").last.locator("td").count() == 7 and page.locator("#map b").count() == 0
+    assert page.locator("#heads b").count() == 0 and page.locator("#heads input").count() == 2  # the head and the mean
     page.locator("#text textarea").fill("x" * 100)
     page.locator("#text textarea").press("Enter")
     expect(page, lambda p: "1 to 64 can be drawn" in p.locator("#map").inner_text())
+
+
+def test_a_head_is_chosen_among_all_by_mouse_by_keyboard_and_by_number(browser, several_heads):
+    address, models = several_heads
+    page, complaints = watched(browser)
+    opened(page, address)
+    page.get_by_role("tab", name="Attention").click()
+    text = "abc"
+    page.locator("#text textarea").fill(text)
+    page.locator("#text textarea").press("Enter")
+    heads, chosen = page.locator("#heads label"), page.locator("#heads input:checked")
+    expect(page, lambda p: p.locator("#map tbody tr").count() == len(text) and heads.count() == 3 * (2 + 1))
+    sides = {page.locator("#heads label").nth(n).evaluate("e => e.getBoundingClientRect().width") for n in range(9)}
+    assert len(sides) == 1 and min(sides) > 20
+    maps = attention_maps(models.tuned, list(text.encode()))  # (3, 2, T, T)
+
+    def drawn(layer: int, head: int) -> bool:
+        weights = maps[layer - 1, head - 1] if head else maps[layer - 1].mean(0)
+        wanted = [f"{100 * weights[t, s]:.1f} %" for t in range(3) for s in range(t + 1)]
+        titles = page.locator("#map td[title]").evaluate_all("all => all.map(e => e.title.split(': ').pop())")
+        numbers = [page.get_by_label(f"number input for {n}").input_value() for n in ("Layer", "Head (0: mean)")]
+        return titles == wanted and numbers == [f"{layer}", f"{head}"]
+
+    expect(page, lambda p: drawn(1, 0))
+    page.locator("label[for=head-3-1]").click()
+    expect(page, lambda p: drawn(3, 1))
+    page.keyboard.press("ArrowRight")
+    expect(page, lambda p: drawn(3, 2) and chosen.get_attribute("id") == "head-3-2")
+    page.get_by_label("number input for Layer").fill("2")
+    page.get_by_label("number input for Layer").press("Tab")
+    expect(page, lambda p: drawn(2, 2) and chosen.get_attribute("id") == "head-2-2")
+    page.context.close()
+    assert complaints == []
 
 
 def test_the_adapter_is_switched_off_and_on(page):
@@ -414,7 +545,7 @@ def test_a_conversation_needs_no_mouse(page):
 def test_axe_finds_no_serious_fault(browser, served):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     page, complaints = watched(browser)
-    page.goto(served[0])
+    opened(page, served[0])
     set_new_tokens(page, 4)
     page.get_by_label("Show what tokens are chosen from").check()
     send(page, "Hello")
@@ -422,9 +553,13 @@ def test_axe_finds_no_serious_fault(browser, served):
     faults = {}
 
     def check(where: str) -> None:
-        for v in axe.Axe().run(page).response["violations"]:
-            if v["impact"] in ("serious", "critical"):
-                faults[f"{where}: {v['id']}"] = [node["html"][:200] for node in v["nodes"]]
+        expect(page, lambda p: p.locator(".pending").count() == 0)  # what is waited for is faint
+        for scheme in ("light", "dark"):
+            page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
+            page.wait_for_timeout(300)  # colours change gradually
+            for v in axe.Axe().run(page).response["violations"]:
+                if v["impact"] in ("serious", "critical"):
+                    faults[f"{where}, {scheme}: {v['id']}"] = [node["html"][:200] for node in v["nodes"]]
 
     check("chat")
     page.get_by_role("tab", name="Side by side").click()
@@ -447,7 +582,7 @@ def test_axe_finds_no_serious_fault(browser, served):
 def test_two_readers_at_once_do_not_meet(browser, served):
     pages = [watched(browser)[0] for _ in range(2)]
     for n, page in enumerate(pages):
-        page.goto(served[0])
+        opened(page, served[0])
         set_new_tokens(page, 30)
         send(page, f"I am reader {n}")
     for n, page in enumerate(pages):

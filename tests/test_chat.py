@@ -1,6 +1,8 @@
 """Notebook 09's modules chat, insight, pages and handlers: models, settings, replies, what the buttons do."""
 
+import base64
 import html
+import io
 import itertools
 import json
 import re
@@ -34,7 +36,16 @@ from minigpt_lib.insight import MAX_LOOK, attention_maps, choice, choices, token
 from minigpt_lib.layout import conversation
 from minigpt_lib.lora import add_lora, lora_disabled, lora_layers, lora_parameters, merge_lora
 from minigpt_lib.model import GPTLanguageModel
-from minigpt_lib.pages import answer_card, attention_table, notice, odds, paced, status_line, token_strip
+from minigpt_lib.pages import (
+    answer_card,
+    attention_table,
+    heads_overview,
+    notice,
+    odds,
+    paced,
+    status_line,
+    token_strip,
+)
 from minigpt_lib.template import encode_prompt
 from minigpt_lib.weights import load_pretrained
 
@@ -656,12 +667,41 @@ def test_attention_shows_one_head_or_the_mean_of_all(models):
     for layer, head, weights in ((1, 0, maps[0].mean(0)), (2, 1, maps[1, 0]), (2.0, 2.0, maps[1, 1])):
         page = do.attention("The sea", layer, head, "adapter", 1)
         assert page["map"] == attention_table([token_text(models.enc, i) for i in ids], weights)
+        assert page["heads"] == heads_overview(maps, int(layer), int(head))
     base = attention_maps(models.base, ids)[1, 0]
     page = do.attention("The sea", 2, 1, NO_ADAPTER, 1)
     assert page["map"] == attention_table([token_text(models.enc, i) for i in ids], base)
     for layer, head in ((0, 0), (3, 0), (1, 3), (1, -1), (1.5, 0), (None, 0), ("1", 0), (1, [2])):
         assert "must be a whole number from" in do.attention("The sea", layer, head, "adapter", 1)["map"]
-    assert f"1 to {MAX_LOOK}" in do.attention("x" * 100, 1, 0, "adapter", 1)["map"]
+    refused = do.attention("x" * 100, 1, 0, "adapter", 1)
+    assert f"1 to {MAX_LOOK}" in refused["map"] and refused["heads"] == ""
+
+
+def test_a_head_is_chosen_by_two_numbers_or_not_at_all(models):
+    do = ChatHandlers(models)
+    assert do.head(2, 1) == {"layer": 2, "head": 1}
+    for layer, head in ((None, 1), (1, None), ("1", 1), (1, [1])):
+        assert do.head(layer, head) == {}
+
+
+def test_the_overview_shows_every_head_of_every_layer_and_their_means(models, seed):
+    from PIL import Image
+
+    maps = attention_maps(models.tuned, torch.randint(256, (9,)).tolist())  # (2, 2, 9, 9)
+    made = heads_overview(maps, 2, 1)
+    pictures = re.findall(r"--map:url\(data:image/png;base64,([A-Za-z0-9+/=]+)\)", made)
+    named = re.findall(r'id="head-(\d+)-(\d+)" aria-label="([^"]+)"( checked)?', made)
+    assert len(pictures) == len(named) == 2 * (2 + 1)
+    for data, (layer, head, name, chosen) in zip(pictures, named, strict=True):
+        n, h = int(layer), int(head)
+        weights = maps[n - 1, h - 1] if h else (maps[n - 1, 0] + maps[n - 1, 1]) / 2
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert picture.mode == "LA" and picture.size == (9, 9)
+        opacity = torch.tensor(list(picture.getchannel("A").tobytes())).view(9, 9)  # (T, T)
+        assert (opacity / 255 - weights.sqrt()).abs().max() <= 1 / 30 + 1e-6
+        assert opacity.triu(1).max() == 0
+        assert name == (f"layer {n}, head {h}" if h else f"layer {n}, mean of all heads")
+        assert bool(chosen) == ((n, h) == (2, 1))
 
 
 # --- what is kept between turns

@@ -14,9 +14,11 @@ import pytest
 import torch
 from scripted import scripted_models, tiny_folder
 
+import minigpt_lib
 from minigpt_lib.app import QUEUE, SESSIONS, WORKERS, build_app, check_port, launch
 from minigpt_lib.chat import Sampling, load_models, stream_reply
 from minigpt_lib.handlers import CONTROLS
+from minigpt_lib.insight import attention_maps
 
 GREEDY = (0, 0, 1, 40, True, "")  # the controls in the page's order; those left out are as at the start
 
@@ -64,6 +66,101 @@ def test_the_app_answers_over_http_and_keeps_sessions_apart(served):
     assert len(page) == 4
     _, page, *_ = ours.predict(api_name="/clear")
     assert page == []
+
+
+NAMED = {  # the whole API: each parameter with its default, in this order
+    "/chat": {"message": None, "temperature": 0.3, "top_k": 40, "top_p": 0.95, "max_new_tokens": 128,
+              "use_cache": True, "seed": "", "min_p": 0.0, "repetition_penalty": 1.0, "adapter": "capitals",
+              "strength": 1, "watch": False},
+    "/clear": {},
+    "/undo": {},
+    "/attention": {"text": "The capital of Norway is Oslo.", "layer": 1, "head": 0, "adapter": "capitals",
+                   "strength": 1},
+}  # fmt: skip
+NAMED["/retry"] = {name: value for name, value in NAMED["/chat"].items() if name != "message"}
+NAMED["/side_by_side"] = NAMED["/chat"] | {"message": "What is the capital of Norway?"}
+
+
+def test_every_endpoint_has_a_name_a_description_and_named_parameters_with_defaults(served):
+    found = client(served[0]).view_api(return_format="dict", print_info=False)
+    assert found["unnamed_endpoints"] == {} and set(found["named_endpoints"]) == set(NAMED)
+    for name, about in found["named_endpoints"].items():
+        parameters = {p["parameter_name"]: p["parameter_default"] for p in about["parameters"]}
+        assert list(parameters.items()) == list(NAMED[name].items())
+        assert [p["parameter_name"] for p in about["parameters"] if not p["parameter_has_default"]] == (
+            ["message"] if name == "/chat" else []
+        )
+        assert about["description"].endswith(".")
+        kinds = {p["parameter_name"]: p["python_type"]["type"] for p in about["parameters"]}
+        for parameter, kind in kinds.items():
+            if parameter in ("top_k", "max_new_tokens", "layer", "head"):
+                assert kind == "int"
+            elif isinstance(NAMED[name][parameter], bool):
+                assert kind == "bool"
+            elif parameter in ("temperature", "top_p", "min_p", "repetition_penalty", "strength"):
+                assert kind == "float"
+            else:
+                assert kind == ("Literal['capitals', 'none']" if parameter == "adapter" else "str")
+
+
+def test_an_endpoint_is_called_by_name_with_the_defaults_for_the_rest(served):
+    ours = client(served[0])
+    assert ours.predict(message="Hello", api_name="/chat")[1][-1]["content"] == "ABCDEFGHIJ."
+    page = ours.predict(message="Hello", adapter="none", max_new_tokens=4, temperature=0, api_name="/chat")[1]
+    assert len(page) == 4 and page[-1]["content"] == "abcd"
+    assert ours.predict(temperature=0, max_new_tokens=2, api_name="/retry")[1][-1]["content"] == "AB"
+    assert len(ours.predict(api_name="/undo")[1]) == 2 and ours.predict(api_name="/clear")[1] == []
+    notice, base, tuned = ours.predict(max_new_tokens=3, temperature=0, api_name="/side_by_side")
+    assert ">abc<" in base and ">ABC<" in tuned and notice == ""
+    with pytest.raises(TypeError, match="message"):
+        ours.predict(api_name="/chat")
+    with pytest.raises(TypeError, match="secret"):
+        ours.predict(message="Hello", secret=1, api_name="/chat")
+
+
+def test_attention_is_asked_for_by_name(busy):
+    address, models = busy
+    ours = client(address)
+    one, every = ours.predict(text="abc", layer=2, head=1, api_name="/attention")
+    weights = attention_maps(models.tuned, list(b"abc"))[1, 0]
+    assert all(f"{100 * weights[t, s]:.1f} %" in one for t in range(3) for s in range(t + 1))
+    assert every.count('type="radio"') == 2 * 3 and every.count("checked") == 1
+    for wrong in ({"text": ""}, {"text": "x" * 100}, {"text": "x", "adapter": "../x"}, {"text": "x", "layer": 9}):
+        try:
+            answer = ours.predict(**wrong, api_name="/attention")
+        except Exception as error:
+            assert "Traceback" not in str(error)
+        else:
+            assert "notice" in answer[0] and answer[1] == ""
+
+
+@pytest.mark.parametrize("private", ["/stopped", "/restore", "/edit", "/look", "/lambda", "/run", "/run_1", "/unnamed"])
+def test_what_the_page_alone_needs_is_not_in_the_api(served, private):
+    with pytest.raises(ValueError, match="Cannot find a function"):
+        client(served[0]).predict(api_name=private)
+
+
+def test_a_request_that_waits_is_taken_back_and_never_answered_into_a_cleared_conversation(served):
+    """The whole of it through the client: the browser's buttons do the same."""
+    address, models = served
+    ours, others = client(address), client(address)
+    ours.predict("Before", *GREEDY, api_name="/chat")
+    models.tuned.pause = 0.02
+    models.tuned.lm_head.following[ord("J")] = ord("A")
+    try:
+        jobs = [others.submit("Hello", 0, 0, 1, 400, True, "", api_name="/chat") for _ in range(WORKERS)]
+        until(lambda: all(job.outputs() for job in jobs))
+        waits = ours.submit("Shall I wait?", *GREEDY, api_name="/chat")
+        until(lambda: waits.status().rank == 0)
+        waits.cancel()
+        assert ours.predict(api_name="/clear")[1] == []
+        for job in jobs:
+            job.cancel()
+    finally:
+        models.tuned.pause, models.tuned.lm_head.following[ord("J")] = 0.0, ord(".")
+    until(lambda: still(models))
+    page = ours.predict("After", *GREEDY, api_name="/chat")[1]
+    assert [m["content"] for m in page] == ["After", "ABCDEFGHIJ."] and waits.outputs() == []
 
 
 def test_the_app_streams(served):
@@ -152,6 +249,7 @@ from scripted import scripted_models
 from minigpt_lib.app import build_app, launch
 app = build_app(scripted_models(Path(sys.argv[1]), base="a.", tuned="AB."))
 print(launch(app, 0, block=False), flush=True)
+print(Path(sys.modules["minigpt_lib"].__file__).resolve(), flush=True)
 sys.stdin.readline()
 time.sleep(1)
 print(*sorted(map(str, set(met))))
@@ -163,11 +261,12 @@ def test_the_app_asks_no_other_machine_and_answers_none(tmp_path):
     pytest.importorskip("gradio", reason="the chat app needs Gradio")
     quiet = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
     command = [sys.executable, "-c", ALONE, str(tmp_path)]
-    folder, pipe = Path(__file__).parent, subprocess.PIPE
-    path = os.pathsep.join([str(folder), str(folder.parent)])
-    quiet["PYTHONPATH"] = path
+    folder, pipe = Path(__file__).resolve().parent, subprocess.PIPE
+    ours = Path(minigpt_lib.__file__).resolve()  # the checkout under test, wherever another one may be installed
+    quiet["PYTHONPATH"] = os.pathsep.join([str(folder), str(ours.parents[1])])
     with subprocess.Popen(command, cwd=folder, env=quiet, stdin=pipe, stdout=pipe, text=True) as p:
         address = p.stdout.readline().strip()
+        assert p.stdout.readline().strip() == str(ours)
         page = client(address).predict("Hello", *GREEDY, api_name="/chat")[1]
         port = int(address.rsplit(":")[-1])
         for other in ("127.0.0.2", "127.1.2.3"):  # this machine too, and answered only if all addresses are served
