@@ -78,6 +78,8 @@ COLOURS = {  # name: (on a light page, on a dark one)
     "fill": ("#0d9488", "#2dd4bf"), "mine": ("#ccfbf1", "#134e4a"), "mine-line": ("#99f6e4", "#0f766e"),
     "alert": ("#9a3412", "#fdba74"), "alert-back": ("#fff7ed", "#431407"), "unsure": ("#fdba74", "#9a3412"),
 }
+
+# %% ../notebooks/09_chat.ipynb #8788fa2c
 _VARIABLES = "".join(f"{where} {{{'; '.join(f'--{name}: {pair[n]}' for name, pair in COLOURS.items())}}}\n"
                      for n, where in enumerate((":root", ".dark")))
 
