@@ -12,15 +12,11 @@ from .chat import LIMITS, NO_ADAPTER, STRENGTH, ChatModels, Sampling
 
 # %% ../notebooks/09_chat.ipynb #36b7acdb
 TALK_JS = """
-const log = document.createElement('div'), rows = log.getElementsByTagName('article');
-log.className = 'log';
-log.tabIndex = 0;
-log.setAttribute('role', 'log');
-log.setAttribute('aria-label', 'Conversation');
+const log = document.createElement('div'), forgot = document.createElement('p');
+Object.assign(log, {className: 'log', tabIndex: 0, role: 'log', ariaLabel: 'Conversation'});
 element.after(log);
-const forgot = document.createElement('p');
-forgot.className = 'forgot';
-forgot.textContent = 'The model no longer reads what is above: the conversation has outgrown its positions.';
+const rows = log.getElementsByTagName('article'), why = 'the conversation has outgrown its positions';
+Object.assign(forgot, {className: 'forgot', textContent: `The model no longer reads what is above: ${why}.`});
 const button = (name, act) => {
   const made = document.createElement('button');
   Object.assign(made, {type: 'button', className: name, textContent: name, onclick: () => act(made)});
