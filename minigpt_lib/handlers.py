@@ -191,8 +191,8 @@ class _Conversation(_Writing):
         return self.page(checked_history(stored, self.models.base.config.vocab_size))
 
 # %% ../notebooks/09_chat.ipynb #d880c650
-class ChatHandlers(_Conversation):
-    """What the buttons do. No conversation is kept here: it comes in from the browser's session and goes back to it."""
+class _Looking(_Conversation):
+    """What shows the inside of the model."""
 
     def look(self, history: list[dict], n: Any, *controls: Any) -> Page:
         """What each token of message n was chosen from."""
@@ -227,6 +227,10 @@ class ChatHandlers(_Conversation):
     def head(self, layer: Any, head: Any) -> Page:
         """The layer and the head that were chosen among all."""
         return {"layer": layer, "head": head} if isinstance(layer, int) and isinstance(head, int) else {}
+
+# %% ../notebooks/09_chat.ipynb #85957333
+class ChatHandlers(_Looking):
+    """What the buttons do. No conversation is kept here: it comes in from the browser's session and goes back to it."""
 
     def compare(self, session: str, message: Any, *controls: Any) -> Iterator[Page]:
         """The same prompt for base and tuned model, token by token in turn."""
