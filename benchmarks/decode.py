@@ -2,11 +2,12 @@
 
     python benchmarks/decode.py [--model gpt2] [--prompt 32] [--new 256] [--repeats 3] [--parts PART ...]
 
-single: one prompt, every form of weights; long: with and without a cache up to 900 tokens; batch: several prompts at
-once; lookup: speculative decoding by prompt lookup. Prints medians with the slowest and the fastest run, beside the
-bandwidth of the memory measured in between, and writes benchmarks/results/decode_MODEL.json; parts that are not run
-keep their figures there.
-CTranslate2 and llama.cpp's Python binding are left out, and named, where they are not installed.
+single: one prompt, every form of weights; batch: several prompts at once; long: with and without a cache up to 900
+tokens; parts: where the time of one token goes; lookup: prompt lookup; int8: what the rounding costs in loss and saves
+in bytes. The decoders take turns, a read of memory between any two, and every second round goes backwards, so that a
+drift of the machine meets all alike; a ratio is the median of the rounds' ratios. Ends with the figures beside their
+targets and writes benchmarks/results/decode_MODEL.json; parts that are not run keep their figures there.
+A peer that is not installed, fails or hangs is named and left out.
 """
 
 import argparse
@@ -15,23 +16,33 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import peers
 import torch
 from common import RESULTS, interleaved, machine, summary, write
 from transformers.utils import logging
+from workers import Worker
 
 from minigpt_lib.cache import KVCache
 from minigpt_lib.fast import FastGPT
 from minigpt_lib.generation import generate
 from minigpt_lib.lookup import generate_lookup
 from minigpt_lib.model import PRESETS, GPTConfig, GPTLanguageModel
+from minigpt_lib.tokenizer import load_tokenizer
+from minigpt_lib.weights import load_pretrained
 
 BATCHES = (1, 4, 16)
 LENGTHS = (32, 64, 128, 256, 512, 900)
+KINDS = {"float32": None, "bfloat16": "bfloat16", "int8": "int8"}  # what this library calls them
+TARGETS = {  # ratio of tokens per second, unless said otherwise: at least
+    "packed float32 / transformers float32": 1.3,
+    "compiled float32 / ctranslate2 float32": 1.2,
+    "compiled float32 / llama.cpp float32": 1.2,
+    "compiled float32 / memory bound": 0.8,
+    "compiled bfloat16 / llama.cpp bfloat16": 1.0,
+    "compiled int8 / llama.cpp int8": 1.0,
+}
 
 
 def random_model(name: str) -> GPTLanguageModel:
@@ -42,9 +53,8 @@ def random_model(name: str) -> GPTLanguageModel:
     return model
 
 
-def read_seconds(buffer: torch.Tensor) -> Callable[[], object]:
-    """A plain read of a buffer far larger than the processor's caches."""
-    return lambda: buffer.sum()
+def prompt_of(model: GPTLanguageModel, rows: int, T: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (rows, T), generator=torch.Generator().manual_seed(rows))
 
 
 def megabytes(model: GPTLanguageModel) -> dict[str, float]:
@@ -53,20 +63,61 @@ def megabytes(model: GPTLanguageModel) -> dict[str, float]:
     return {"float32": 4 * n / 1e6, "bfloat16": 2 * n / 1e6, "int8": n / 1e6}
 
 
-def rates(
-    candidates: dict[str, Callable[[], object]], tokens: int, repeats: int, warm: bool = True
-) -> tuple[dict, dict]:
-    """Tokens per second of each candidate, and GB/s of plain reads taken in turn with them."""
-    buffer = torch.ones(100_000_000)  # 400 MB
-    seconds = interleaved(candidates | {"read": read_seconds(buffer)}, repeats, warm)
-    gigabytes = sorted(buffer.nbytes / s / 1e9 for s in seconds.pop("read"))
+class Memory:
+    """Reads of 400 MB, far more than the processor's caches hold; `read` gives GB/s of the fastest of six."""
+
+    def __init__(self):
+        self.buffer, self.seen = torch.ones(100_000_000), []
+        self.patterns = (self.buffer.sum, self.buffer.view(torch.int64).sum, self.buffer.amax)
+
+    def read(self) -> float:
+        seconds = []
+        for pattern in self.patterns * 2:
+            begin = time.perf_counter()
+            pattern()
+            seconds.append(time.perf_counter() - begin)
+        self.seen.append(self.buffer.nbytes / min(seconds) / 1e9)
+        return self.seen[-1]
+
+    def summary(self) -> dict[str, float]:
+        found = {"median": statistics.median(self.seen), "slowest": min(self.seen), "fastest": max(self.seen)}
+        print(f"{'read of memory':28} {found['median']:8.1f} GB/s       ({min(self.seen):.1f} to {max(self.seen):.1f})")
+        return {name: round(value, 2) for name, value in found.items()}
+
+
+def in_turn(
+    ask: dict[str, Callable[[], object]], rounds: int, lost: dict[str, str]
+) -> tuple[dict[str, list[float]], dict[str, list[float]], Memory]:
+    """Seconds of each, round by round, and GB/s of memory around each; who fails goes to `lost` with the reason."""
+    seconds, around, memory = {name: [] for name in ask}, {name: [] for name in ask}, Memory()
+    for r in range(rounds):
+        before = memory.read()
+        for name in list(seconds) if r % 2 == 0 else list(seconds)[::-1]:
+            begin = time.perf_counter()
+            try:
+                ask[name]()
+            except RuntimeError as error:
+                lost[name] = str(error)
+                del seconds[name], around[name]
+                continue
+            seconds[name].append(time.perf_counter() - begin)
+            after = memory.read()
+            around[name].append(max(before, after))
+            before = after
+    return seconds, around, memory
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """How many times as fast: the median over the rounds."""
+    return round(statistics.median(t / o for o, t in zip(ours, theirs, strict=True)), 3)
+
+
+def rows_of(seconds: dict[str, list[float]], tokens: int) -> dict[str, dict[str, float]]:
     rows = {name: summary(times, tokens) for name, times in seconds.items()}
     for name, row in rows.items():
         spread = f"({row['slowest']:.1f} to {row['fastest']:.1f})"
-        print(f"{name:30} {row['tokens_per_s']:8.1f} tokens/s   {spread}", flush=True)
-    read = {"median": statistics.median(gigabytes), "slowest": gigabytes[0], "fastest": gigabytes[-1]}
-    print(f"{'plain read of memory':30} {read['median']:8.1f} GB/s")
-    return rows, {name: round(value, 2) for name, value in read.items()}
+        print(f"{name:28} {row['tokens_per_s']:8.1f} tokens/s   {spread}", flush=True)
+    return rows
 
 
 def equal(tokens: list[int], wanted: list[int]) -> int:
@@ -74,41 +125,29 @@ def equal(tokens: list[int], wanted: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), len(wanted))
 
 
-def build(group: str, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], list[int]]], dict]:
-    """The decoders of one group, as functions without arguments that return the new tokens, and compile times."""
-    model, new = random_model(args.model), args.new
-    idx = torch.randint(0, model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
-    prompt, seconds = idx[0].tolist(), {}
+def build(group: str, args: argparse.Namespace) -> tuple[dict[str, Callable[[int], list[int]]], dict]:
+    """The decoders of one group, as functions from a number of new tokens to these, and their compile times."""
+    quiet(args)
+    model, folder = random_model(args.model), Path(tempfile.mkdtemp(dir=args.folder))
+    idx, seconds = prompt_of(model, 1, args.prompt), {}
+    prompt = idx[0].tolist()
     if group == "minigpt":
         ours = {"packed float32": FastGPT(model, compile=False)}
-        for kind, weights in (("float32", None), ("bfloat16", "bfloat16"), ("int8", "int8")):
-            ours[f"compiled {kind}"] = FastGPT(model, weights)
-            seconds[kind] = round(ours[f"compiled {kind}"].compile_seconds, 1)
-        run = {name: lambda m=m: generate(m, idx, new, temperature=0)[0, len(prompt) :].tolist()
+        ours |= {f"compiled {kind}": FastGPT(model, weights) for kind, weights in KINDS.items()}
+        seconds = {name: round(m.compile_seconds, 1) for name, m in ours.items() if m.compile_seconds}
+        run = {name: lambda new, m=m: generate(m, idx, new, temperature=0)[0, len(prompt) :].tolist()
                for name, m in ours.items()}  # fmt: skip
     elif group == "transformers":
         theirs = peers.transformers_model(model, folder)
-        run = {"float32": lambda: peers.transformers_generate(theirs, idx, new)[0, len(prompt) :].tolist()}
+        run = {"float32": lambda new: peers.transformers_generate(theirs, idx, new)[0, len(prompt) :].tolist()}
     elif group == "ctranslate2":
         made = {kind: peers.ctranslate2_decoder(model, folder, kind, args.threads) for kind in ("float32", "int8")}
-        run = {kind: lambda d=d: d(prompt, new) for kind, d in made.items()}
+        run = {kind: lambda new, d=d: d(prompt, new) for kind, d in made.items()}
     else:
         kinds = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
         made = {name: peers.llama_decoder(model, folder, kind, args.threads) for name, kind in kinds.items()}
-        run = {kind: lambda d=d: d(prompt, new) for kind, d in made.items()}
+        run = {kind: lambda new, d=d: d(prompt, new) for kind, d in made.items()}
     return {f"{group} {name}": f for name, f in run.items()}, seconds
-
-
-def serve(pipe: Connection, group: str, args: argparse.Namespace) -> None:
-    """A process for one group: tells its decoders' names, then runs the one it is asked for and returns the tokens."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        run, seconds = build(group, args, Path(folder))
-        pipe.send((list(run), seconds))
-        while (name := pipe.recv()) is not None:
-            pipe.send(run[name]())
 
 
 def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
@@ -117,57 +156,72 @@ def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
     Each group has a process of its own, because their thread pools get into each other's way in one; only one runs.
     """
     found = {"minigpt": True, "transformers": True, "ctranslate2": peers.HAVE_CT2, "llama.cpp": peers.HAVE_LLAMA}
-    context, ask, seconds, workers = get_context("spawn"), {}, {}, []
+    lost = {group: "not installed" for group, there in found.items() if not there}
+    workers, ask, compiled, tokens = [], {}, {}, {}
+    args.folder = str(folder)
     for group in (name for name, there in found.items() if there):
-        mine, theirs = context.Pipe()
-        workers.append((context.Process(target=serve, args=(theirs, group, args), daemon=True), mine))
-        workers[-1][0].start()
-        names, compiled = mine.recv()  # before the next one starts, so that none compiles beside another
-        ask |= {name: lambda pipe=mine, name=name: (pipe.send(name), pipe.recv())[1] for name in names}
-        seconds |= compiled
-    tokens = {name: run() for name, run in ask.items()}
-    rows, read = rates(ask, args.new, args.repeats, warm=False)
-    for worker, pipe in workers:
-        pipe.send(None)
-        worker.join()
+        try:
+            workers.append(Worker(build, (group, args)))  # waits, so that none compiles beside another
+        except RuntimeError as error:
+            lost[group] = str(error)
+            continue
+        compiled |= workers[-1].notes
+        ask |= {name: lambda w=workers[-1], name=name: w.ask(name, 8) for name in workers[-1].names}
+    for name, warm in list(ask.items()):
+        try:
+            warm()
+        except RuntimeError as error:
+            lost[name] = str(error)
+            del ask[name]
+
+    def timed(name: str) -> Callable[[], None]:
+        worker = next(w for w in workers if name in w.names)
+        return lambda: tokens.update({name: worker.ask(name, args.new)})
+
+    seconds, around, memory = in_turn({name: timed(name) for name in ask}, args.repeats, lost)
+    for worker in workers:
+        worker.stop()
+    print("left out:", lost or "nobody")
     return {
-        "rows": rows, "read_gb_per_s": read, "megabytes": megabytes(model), "compile_seconds": seconds,
+        "rows": rows_of(seconds, args.new), "read_gb_per_s": memory.summary(), "megabytes": megabytes(model),
+        "compile_seconds": compiled, "missing": lost,
         "equal_tokens": {name: equal(t, tokens["minigpt packed float32"]) for name, t in tokens.items()},
-        "missing": [name for name, there in found.items() if not there],
         "settings": {"prompt": args.prompt, "new": args.new, "repeats": args.repeats, "batch": 1},
-        "ratios": single_ratios({n: r["tokens_per_s"] for n, r in rows.items()}, read["median"], megabytes(model)),
+        "ratios": single_ratios(seconds, around, args.new, megabytes(model)),
     }  # fmt: skip
 
 
-def single_ratios(rate: dict[str, float], read: float, size: dict[str, float]) -> dict[str, float]:
-    ours = {kind: rate[f"minigpt compiled {kind}"] for kind in size}
-    out = {"packed float32 / transformers": rate["minigpt packed float32"] / rate["transformers float32"]}
-    for kind, value in ours.items():
-        out[f"compiled {kind} / memory bound"] = value * size[kind] / 1e3 / read
-        for peer in ("transformers", "ctranslate2", "llama.cpp"):
-            if f"{peer} {kind}" in rate:
-                out[f"compiled {kind} / {peer} {kind}"] = value / rate[f"{peer} {kind}"]
-    return {name: round(value, 3) for name, value in out.items()}
+def single_ratios(
+    seconds: dict[str, list[float]], around: dict[str, list[float]], new: int, size: dict[str, float]
+) -> dict[str, float]:
+    pairs = [("packed float32", "transformers float32")]
+    pairs += [(f"compiled {k}", f"{peer} {k}") for k in KINDS for peer in ("transformers", "ctranslate2", "llama.cpp")]
+    ours = {name.removeprefix("minigpt "): name for name in seconds if name.startswith("minigpt")}
+    pairs = [(a, b) for a, b in pairs if a in ours and b in seconds]
+    out = {f"{a} / {b}": ratio(seconds[ours[a]], seconds[b]) for a, b in pairs}
+    for name, full in ours.items():
+        needed = [new * size[name.split()[-1]] / 1e3 / s for s in seconds[full]]  # GB/s
+        out[f"{name} / memory bound"] = round(statistics.median(map(lambda n, r: n / r, needed, around[full])), 3)
+    return out
 
 
 def batch(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
     """Several prompts of equal length at once, float32; tokens per second of all rows together."""
     theirs, out, new = peers.transformers_model(model, folder), {}, args.batch_new
     for B in BATCHES:
-        idx = torch.randint(0, model.config.vocab_size, (B, args.prompt), generator=torch.Generator().manual_seed(B))
-        fast, packed = FastGPT(model, batch_size=B), FastGPT(model, compile=False, batch_size=B)
+        idx, fast = prompt_of(model, B, args.prompt), FastGPT(model, batch_size=B)
         print(f"batch {B}:", flush=True)
         decode = {
             "minigpt plain": lambda idx=idx: generate(model, idx, new, temperature=0),
-            "minigpt compiled": lambda idx=idx, fast=fast: generate(fast, idx, new, temperature=0),
-            "minigpt packed": lambda idx=idx, packed=packed: generate(packed, idx, new, temperature=0),
+            "minigpt fast": lambda idx=idx, fast=fast: generate(fast, idx, new, temperature=0),
             "transformers": lambda idx=idx: peers.transformers_generate(theirs, idx, new),
         }
-        same = bool(torch.equal(decode["minigpt compiled"](), decode["transformers"]()))
-        rows, read = rates(decode, B * new, args.repeats)
-        theirs_rate = rows["transformers"]["tokens_per_s"]
-        ratios = {name: round(row["tokens_per_s"] / theirs_rate, 3) for name, row in rows.items()}
-        out[str(B)] = {"rows": rows, "read_gb_per_s": read, "equal_tokens": same, "of transformers": ratios}
+        same = bool(torch.equal(decode["minigpt fast"](), decode["transformers"]()))
+        seconds, _, memory = in_turn(decode, args.repeats, {})
+        ratios = {name: ratio(times, seconds["transformers"]) for name, times in seconds.items()}
+        print("times Transformers:", ratios)
+        out[str(B)] = {"rows": rows_of(seconds, B * new), "read_gb_per_s": memory.summary(), "equal_tokens": same,
+                       "of transformers": ratios}  # fmt: skip
     return {"sizes": out, "settings": {"prompt": args.prompt, "new": new, "repeats": args.repeats}}
 
 
@@ -209,11 +263,46 @@ def long(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dic
     }  # fmt: skip
 
 
+def median_ms(run: Callable[[], object], repeats: int = 30) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times)
+
+
+@torch.inference_mode()
+def parts(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
+    """Where a token's time goes, in ms: in the compiled function, preparing its inputs, choosing from the logits."""
+    out, memory, idx = {}, Memory(), prompt_of(model, 1, args.prompt)
+    S = args.prompt + args.new // 2  # the middle of the text that `single` writes
+    for kind, weights in KINDS.items():
+        fast = FastGPT(model, weights)
+        cache = KVCache.for_model(fast)
+
+        def at(pos: int, run: Callable[[], object], cache: KVCache = cache) -> Callable[[], object]:
+            return lambda: (setattr(cache, "pos", pos), run())
+
+        prefill = median_ms(at(0, lambda: fast.last_logits(idx, cache)), 3)  # noqa: B023
+        cache.pos = S
+        inputs, keys, values = fast._inputs(idx[:, :1], cache, None, S + 1)
+        whole = median_ms(at(S, lambda: fast.last_logits(idx[:, :1], cache)))  # noqa: B023
+        inside = median_ms(lambda: fast._run[1](*inputs, keys, values))  # noqa: B023
+        begin = time.perf_counter()
+        generate(fast, idx, args.new, temperature=0)
+        token = (1e3 * (time.perf_counter() - begin) - prefill) / (args.new - 1)
+        rows = {"prefill of the prompt": prefill, "one token": token, "compiled function": inside,
+                "its inputs and checks": whole - inside, "choice and bookkeeping": token - whole,
+                "weights at the memory's speed": megabytes(model)[kind] / memory.read()}  # fmt: skip
+        out[kind] = {name: round(value, 3) for name, value in rows.items()}
+        print(f"{kind:9} ms:", ", ".join(f"{name} {value:.2f}" for name, value in rows.items()), flush=True)
+    head = 4e-6 * model.wte.weight.numel() / megabytes(model)["float32"]
+    return out | {"share of the head in the weights": round(head, 3)}
+
+
 def lookup(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
     """Prompt lookup against plain greedy decoding on the course's own trained model, whose text repeats itself."""
-    from minigpt_lib.tokenizer import load_tokenizer
-    from minigpt_lib.weights import load_pretrained
-
     mini, enc = load_pretrained("mini"), load_tokenizer("mini")
     text = "The old lighthouse keeper wrote: the lamp must be lit at dusk, the lamp must be cleaned at dawn. He wrote:"
     idx = torch.tensor([enc.encode_ordinary(text)])
@@ -221,13 +310,31 @@ def lookup(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
     found = generate_lookup(fast, idx, new)
     decode = {
         "mini compiled": lambda: generate(fast, idx, new, temperature=0),
-        "mini compiled, prompt lookup": lambda: generate_lookup(fast, idx, new),
+        "mini compiled, lookup": lambda: generate_lookup(fast, idx, new),
     }
     same = bool(torch.equal(found.ids, decode["mini compiled"]()))
-    rows, _ = rates(decode, new, args.repeats)
+    seconds, _, _ = in_turn(decode, args.repeats, {})
+    gain = ratio(seconds["mini compiled, lookup"], seconds["mini compiled"])
     print(f"{found.acceptance:.0%} of {found.proposed} guesses taken, {found.tokens_per_pass:.2f} tokens per pass")
-    return {"rows": rows, "acceptance": round(found.acceptance, 3), "equal_tokens": same,
-            "tokens_per_pass": round(found.tokens_per_pass, 2)}  # fmt: skip
+    return {"rows": rows_of(seconds, new), "acceptance": round(found.acceptance, 3), "equal_tokens": same,
+            "tokens_per_pass": round(found.tokens_per_pass, 2), "lookup / plain": gain}  # fmt: skip
+
+
+@torch.inference_mode()
+def int8(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
+    """The loss of the course's own trained model on held-out text with smaller weights, and the sizes at GPT-2's."""
+    mini, enc = load_pretrained("mini").eval(), load_tokenizer("mini")
+    text = (RESULTS.parents[1] / "data/corpus/heldout.txt").read_text(encoding="utf-8")
+    windows = torch.tensor(enc.encode(text, allowed_special="all")[: 80 * 257]).view(-1, 257)
+    loss, out = {}, {}
+    for kind, weights in KINDS.items():
+        small = FastGPT(mini, weights, compile=False)
+        loss[kind] = statistics.fmean(small(w[:, :-1], w[:, 1:])[1].item() for w in windows.split(8))
+        size = FastGPT(model, weights, compile=False).nbytes / 1e6
+        change = loss[kind] / loss["float32"] - 1
+        out[kind] = {"held-out loss": round(loss[kind], 5), "change": round(change, 6), "megabytes": round(size, 1)}
+        print(f"{kind:9} loss of mini {loss[kind]:.4f} nats ({change:+.3%}), GPT-2's shape takes {size:.0f} MB")
+    return out | {"model": "mini, held-out text, 80 windows of 256 tokens"}
 
 
 def cuda(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
@@ -259,7 +366,36 @@ def cuda(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dic
     return out
 
 
-PARTS = {"single": single, "long": long, "batch": batch, "lookup": lookup}
+PARTS = {"single": single, "batch": batch, "long": long, "parts": parts, "lookup": lookup, "int8": int8}
+
+
+def against_targets(results: dict) -> list[dict]:
+    """Each target beside its figure."""
+    figures = {name: (results.get("single", {}).get("ratios", {}).get(name), want) for name, want in TARGETS.items()}
+    largest = results.get("batch", {}).get("sizes", {}).get(str(BATCHES[-1]), {})
+    figures["batch 16, fast float32 / transformers float32"] = (
+        largest.get("of transformers", {}).get("minigpt fast"), 1.5)  # fmt: skip
+    figures["uncached / cached up to 900 tokens, seconds in total"] = (
+        results.get("long", {}).get("no cache / cached", {}).get("cache, compiled"), 25)  # fmt: skip
+    rows = [{"what": name, "target": want, "measured": got} for name, (got, want) in figures.items()]
+    change = results.get("int8", {}).get("int8", {}).get("change")
+    return [*rows, {"what": "int8 held-out loss, change at most", "target": 0.005, "measured": change}]
+
+
+def show(table: list[dict]) -> None:
+    print(f"\n{'':56}{'target':>8} {'measured':>9}")
+    for row in table:
+        got, at_most = row["measured"], "at most" in row["what"]
+        reached = got is not None and (got <= row["target"] if at_most else got >= row["target"])
+        word = "not measured" if got is None else "reached" if reached else "not reached"
+        print(f"{row['what']:56}{row['target']:8} {'' if got is None else got:>9}  {word}")
+    print("on a GPU: " + ("measured" if torch.cuda.is_available() else "not measured, none was at hand"))
+
+
+def quiet(args: argparse.Namespace) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
 
 
 def main() -> None:
@@ -267,24 +403,25 @@ def main() -> None:
     parser.add_argument("--model", default="gpt2", choices=PRESETS)
     parser.add_argument("--prompt", type=int, default=32, help="tokens in the prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate for one prompt")
-    parser.add_argument("--batch-new", type=int, default=16, help="tokens to generate for each prompt of a batch")
+    parser.add_argument("--batch-new", type=int, default=32, help="tokens to generate for each prompt of a batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
-    model = random_model(args.model)
+    quiet(args)
+    model, begin = random_model(args.model), time.perf_counter()
     path = RESULTS / f"decode_{args.model}.json"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    parts = {name: PARTS[name] for name in args.parts} | ({"cuda": cuda} if torch.cuda.is_available() else {})
-    for name, run in parts.items():
+    chosen = {name: PARTS[name] for name in args.parts} | ({"cuda": cuda} if torch.cuda.is_available() else {})
+    for name, run in chosen.items():
+        print(f"\n{name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             key = name if args.threads == 2 else f"{name}, threads {args.threads}"
             results[key] = run(args, model, Path(folder)) | {"machine": machine()}
         results.setdefault("cuda", "not measured: no GPU was at hand")
-        print("written to", write(f"decode_{args.model}", results))
+        results["targets"] = against_targets(results)
+        print(f"{time.perf_counter() - begin:.0f} s so far; written to", write(f"decode_{args.model}", results))
+    show(results["targets"])
 
 
 if __name__ == "__main__":

@@ -19,81 +19,10 @@ from .attention import causal_mask
 from .cache import KVCache
 from .generation import _check_cache
 from .model import GPTLanguageModel, _check_input, padding_mask
+from .packed import FEW, PackedEmbedding, PackedLinear, _into_huge_pages  # written further down
 
 # %% auto #0
-__all__ = ['FEW', 'BLOCK', 'quantize_int8', 'PackedLinear', 'PackedEmbedding', 'bucket', 'cpp_compiler', 'FastGPT']
-
-# %% ../notebooks/06b_fast_decoding.ipynb #cdd5f28f
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, in) -> int8 weights (out, in) and the scale of each row (out,): weight ≈ scale[:, None] * int8.
-
-    Symmetric rounding to nearest per output channel; no entry is off by more than half its row's scale.
-    """
-    scale = weight.abs().amax(-1) / 127  # (out,)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros stays one
-    return (weight / scale[:, None]).round().to(torch.int8), scale
-
-# %% ../notebooks/06b_fast_decoding.ipynb #e61a4815
-FEW = 8  # up to so many rows are multiplied one by one in a compiled step
-BLOCK = 512  # so many rows of a smaller matrix are widened at a time outside of it
-
-# %% ../notebooks/06b_fast_decoding.ipynb #fd0af039
-class PackedLinear(nn.Module):
-    """A linear layer whose weights are only read, in a form that suits decoding: x (..., in) -> (..., out).
-
-    weights: None keeps the dtype of `linear`, "bfloat16" and "int8" store less. `tall` stores a matrix with more
-    outputs than inputs as (in, out). `packed` keeps a float32 matrix in oneDNN's own order, for many rows at once.
-    """
-
-    def __init__(self, linear: nn.Linear, weights: str | None = None, *, tall: bool = False, packed: bool = False):
-        super().__init__()
-        weight, scale = linear.weight.detach(), None
-        if weights == "int8":
-            weight, scale = quantize_int8(weight)
-        elif weights is not None:
-            weight = weight.to(getattr(torch, weights))
-        if tall and weight.size(0) > weight.size(1):
-            weight = weight.t().contiguous().t()  # the same (out, in) matrix, its columns side by side in memory
-        self.packed = packed
-        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, 16) if packed else weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        y = self.product(x)
-        y = y if self.scale is None else y * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (..., in) times the stored weights, without scale and bias."""
-        rows, w = x.shape[:-1].numel(), self.weight
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= FEW:
-            halves = [h.to(x.dtype) for h in w.split(max(w.size(0) // 2, 1))]  # each (out // 2, in)
-            y = torch.stack([torch.cat([(h * row).sum(-1) for h in halves]) for row in x.reshape(rows, -1)])
-            return y.reshape(*x.shape[:-1], -1)
-        if w.dtype != x.dtype and not x.is_cuda:
-            return torch.cat([F.linear(x, block.to(x.dtype)) for block in w.split(BLOCK)], dim=-1)
-        if rows == 1 and not x.is_cuda:
-            return torch.mv(w, x.reshape(-1)).reshape(*x.shape[:-1], -1)
-        return F.linear(x, w.to(x.dtype))
-
-# %% ../notebooks/06b_fast_decoding.ipynb #56bc772b
-class PackedEmbedding(nn.Module):
-    """The token table, read out of the head's packed weights: idx (...) -> (..., C) in `dtype`."""
-
-    def __init__(self, head: PackedLinear, dtype: torch.dtype):
-        super().__init__()
-        self.head, self.dtype = head, dtype
-
-    @property
-    def weight(self) -> Tensor:
-        return self.head.weight
-
-    def forward(self, idx: Tensor) -> Tensor:
-        rows = self.head.weight[idx].to(self.dtype)  # (..., C)
-        return rows if self.head.scale is None else rows * self.head.scale[idx][..., None]
+__all__ = ['bucket', 'cpp_compiler', 'FastGPT']
 
 # %% ../notebooks/06b_fast_decoding.ipynb #33bd1ffd
 class _Window:
@@ -129,8 +58,9 @@ class _PackedGPT(GPTLanguageModel):
             else:
                 for kind, parameter in theirs.named_parameters(recurse=False):
                     setattr(layer, kind, parameter)
-        if (weights is not None or tall) and not packed:  # nobody can look up a row in oneDNN's order
+        if not packed:  # in oneDNN's order nobody can look up a row
             self.wte = PackedEmbedding(self.lm_head, model.wpe.weight.dtype)
+            _into_huge_pages([layer for layer in self.modules() if isinstance(layer, PackedLinear)])
         self.eval()
 
     @property
@@ -216,8 +146,6 @@ class _StepGPT(_PackedGPT):
     def _compile(self) -> None:
         # 0: the input of a product is computed once and stored; inlined, each of its rows would compute it again
         options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False}
-        if self.batch_size * max(self.rows) > FEW:
-            options["freezing"] = True  # weights become constants, which oneDNN then puts into its own order
         apart = {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # compiled for one model alone:
             apart["isolate_recompiles"] = True  # and for one T; `_decode` checks what else could differ, once
@@ -291,7 +219,8 @@ class FastGPT(_DecodingGPT):
     the layers stay in the model's dtype. compile: on a CPU the step goes through `torch.compile`, here and now, which
     takes from some seconds to a minute (`compile_seconds`; torch keeps the result on disk for the next time); on a GPU
     it is recorded as a CUDA graph, once per cache and bucket. batch_size and rows: the prompts in a batch and the new
-    tokens per step that are compiled for; other shapes run uncompiled. Later changes of the model's weights may or may
+    tokens per step that are compiled for; other shapes run uncompiled, and so do steps of more than `FEW` tokens on a
+    CPU, where oneDNN's products of a whole batch are the faster ones. Later changes of the model's weights may or may
     not be seen: make a new one. Raises ValueError for options out of range and an adapter that is not merged,
     RuntimeError where no C++ compiler is found.
     """
@@ -307,14 +236,17 @@ class FastGPT(_DecodingGPT):
     ):
         _check_request(model, weights, compile)
         table = model.wpe.weight
-        many = table.device.type == "cpu" and table.dtype == torch.float32 and batch_size * max(rows) > FEW
-        packed = many and not compile and weights is None and torch.backends.mkldnn.is_available()
+        on_cpu = table.device.type == "cpu"
+        if on_cpu:
+            rows = tuple(T for T in rows if batch_size * T <= FEW)
+        plain = on_cpu and table.dtype == torch.float32 and weights is None
+        packed = plain and batch_size > FEW and torch.backends.mkldnn.is_available()
         super().__init__(model, weights, tall=not compile, packed=packed)
         self.compiled, self.batch_size, self.rows = compile, batch_size, rows
         self._recordings: weakref.WeakKeyDictionary[KVCache, dict] = weakref.WeakKeyDictionary()
         self._run: dict[int, Callable[..., Tensor]] = {}  # a compiled step for each T in rows
         self.compile_seconds = 0.0
-        if compile and table.device.type == "cpu":
+        if compile and on_cpu:
             begin = time.perf_counter()
             self._compile()
             self.compile_seconds = time.perf_counter() - begin

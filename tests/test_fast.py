@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from decoding import greedy_slow, pad, prompt, random_model
 
 from minigpt_lib.cache import KVCache
-from minigpt_lib.fast import FastGPT, PackedLinear, bucket, cpp_compiler, quantize_int8
+from minigpt_lib.fast import FastGPT, bucket, cpp_compiler
 from minigpt_lib.generation import generate, stream
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
+from minigpt_lib.packed import BLOCK, PackedLinear, quantize_int8
 
 compiling = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler for torch.compile was found")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
@@ -84,6 +85,16 @@ def test_packed_linear_is_the_layer_with_the_rounded_weights(seed, weights, tall
     got = PackedLinear(layer, weights, tall=tall)(x)
     assert got.shape == (*rows, n_out)
     assert (got - F.linear(x, w, layer.bias)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_blocks_of_a_tall_matrix_lose_no_row(seed, weights):
+    """More rows than two blocks that are widened at a time, and not a multiple of them."""
+    layer, x = nn.Linear(16, 2 * BLOCK + 5), torch.randn(3, 16)
+    small = PackedLinear(layer, weights)
+    w = small.weight.float() if small.scale is None else small.weight * small.scale[:, None]
+    assert small(x).shape == (3, 2 * BLOCK + 5)
+    assert (small(x) - F.linear(x, w, layer.bias)).abs().max() <= 2e-6
 
 
 def test_packed_for_many_rows(seed):

@@ -19,7 +19,8 @@ NAMES = [
 ORDER = ["runtime", "download", "tokenizer", "attention", "model"]
 ORDER += ["files", "loss", "corpus", "optimization", "distributed", "watch", "checkpoints", "training"]
 ORDER += ["tensor_files", "tf_checkpoint", "hub"]
-ORDER += ["weights", "verify", "sampling", "cache", "generation", "fast", "lookup", "lora", "adapters", "records"]
+ORDER += ["weights", "verify", "sampling", "cache", "generation", "packed", "fast", "lookup"]
+ORDER += ["lora", "adapters", "records"]
 ORDER += ["template", "batching", "sft", "evaluation", "chat"]
 ORDER += ["insight", "pages", "layout", "handlers", "app", "cli", "__init__"]
 MODULES = sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem != "_modidx")
