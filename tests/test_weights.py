@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minigpt_lib import weights
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.runtime import MODEL_NAMES, ModelChoice
+from minigpt_lib.runtime import MODEL_NAMES, ModelChoice, choose_model
 from minigpt_lib.weights import (
     TRANSPOSED,
     FetchError,
@@ -510,6 +510,17 @@ def test_course_model_falls_back_to_mini_with_one_line(mini_data, monkeypatch, c
     assert printed.count("\n") == 1 and "gpt2" in printed and "mini" in printed
     with pytest.raises(FetchError):
         load_course_model(ModelChoice("gpt2", asked=True))
+
+
+def test_course_model_from_a_folder_by_its_name(mini_data, capsys):
+    """MINIGPT_MODEL=FOLDER: what save_pretrained wrote, tokenizer included, serves wherever a name does."""
+    choice = choose_model("cpu", str(mini_data / "mini"))
+    model, enc = load_course_model(choice)
+    assert choice.asked and model.config == GPTConfig(257, 8, 12, 1, 2) and enc.n_vocab == 257
+    (mini_data / "mini" / "tokenizer.tiktoken").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        load_course_model(choice)
+    assert capsys.readouterr().out == ""
 
 
 def test_course_model_loads_mini_silently_and_a_damaged_one_not_at_all(mini_data, capsys):
