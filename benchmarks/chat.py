@@ -1,4 +1,4 @@
-"""The chat app as a client sees it: start-up, time to the first token, tokens per second, the second turn.
+"""The chat app as a client sees it: start-up, first token, tokens per second, the second turn, two users at once.
 
     python benchmarks/chat.py [--model mini] [--repeats 7] [--new 128]
 
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -69,6 +70,18 @@ class Session:
         return {"first_token_s": first, "total_s": total, "tokens": tokens}
 
 
+def together(address: str, new: int, users: int = 2) -> list[dict[str, float]]:
+    """What so many readers get who ask at the same moment."""
+    sessions = [Session(address) for _ in range(users)]
+    with ThreadPoolExecutor(users) as pool:
+        return list(pool.map(lambda session: session.ask(QUESTION, new), sessions))
+
+
+def rate(answer: dict[str, float]) -> float:
+    """Tokens per second after the first."""
+    return (answer["tokens"] - 1) / (answer["total_s"] - answer["first_token_s"])
+
+
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:
     return {"median": round(statistics.median(values), digits), "best": round(min(values), digits),
             "worst": round(max(values), digits)}
@@ -88,28 +101,34 @@ def main() -> None:
         if n < args.starts - 1:
             process.terminate()
             process.wait()
-    rows: dict[str, list[float]] = {"first": [], "second": [], "second, cache off": [], "rate": []}
+    names = ("first", "second", "second, cache off", "first, two at once", "rate", "rate, two at once")
+    rows: dict[str, list[float]] = {name: [] for name in names}
     try:
         Session(address).ask(QUESTION, 16)  # not counted: the first request of all
         for _ in range(args.repeats):
             with_cache, without = Session(address), Session(address)
             one = with_cache.ask(QUESTION, args.new)
             rows["first"].append(one["first_token_s"])
-            rows["rate"].append((one["tokens"] - 1) / (one["total_s"] - one["first_token_s"]))
+            rows["rate"].append(rate(one))
             rows["second"].append(with_cache.ask("And then?", 16)["first_token_s"])
             without.ask(QUESTION, args.new, cache=False)
             rows["second, cache off"].append(without.ask("And then?", 16, cache=False)["first_token_s"])
+            for each in together(address, args.new):
+                rows["first, two at once"].append(each["first_token_s"])
+                rows["rate, two at once"].append(rate(each))
     finally:
         process.terminate()
     results = {
         "machine": machine(),
         "settings": vars(args),
         "start_s": spread(starts, 2),
-        "first_token_s": {name: spread(rows[name]) for name in ("first", "second", "second, cache off")},
-        "tokens_per_s": spread(rows["rate"], 1),
+        "first_token_s": {name: spread(rows[name]) for name in names[:4]},
+        "tokens_per_s": {"alone": spread(rows["rate"], 1), "each of two at once": spread(rows["rate, two at once"], 1)},
     }
     ratio = results["first_token_s"]["second"]["median"] / results["first_token_s"]["first"]["median"]
-    results["ratios"] = {"second turn's first token / first turn's": round(ratio, 2)}
+    shared = results["tokens_per_s"]["each of two at once"]["median"] / results["tokens_per_s"]["alone"]["median"]
+    results["ratios"] = {"second turn's first token / first turn's": round(ratio, 2),
+                         "tokens per second, each of two at once / alone": round(shared, 2)}
     print(json.dumps({name: results[name] for name in results if name != "machine"}, indent=1))
     print("written to", write(f"chat_{args.model}", results))
 

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from scripted import TINY, byte_encoding, tiny_folder
 
-from minigpt_lib.adapters import load_adapter
+from minigpt_lib.adapters import load_adapter, save_adapter
+from minigpt_lib.app import build_app, launch
 from minigpt_lib.chat import load_models
 from minigpt_lib.cli import build_parser, main
 from minigpt_lib.evaluation import reply
 from minigpt_lib.generation import generate
-from minigpt_lib.lora import lora_layers
+from minigpt_lib.lora import add_lora, lora_layers, lora_parameters
+from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -479,3 +481,40 @@ def test_chat_serves_the_page_until_it_is_interrupted(folder):
         guard.start()
         assert process.wait() in (0, 130) and "Traceback" not in process.stderr.read()
         guard.cancel()
+
+
+def test_chat_and_generate_take_gpt2s_vocabulary_and_an_adapter_from_elsewhere(gpt2_encoding, tmp_path, capsys):
+    """The way of `--model gpt2 --adapter FOLDER`, with a small random model in the place of OpenAI's weights."""
+    pytest.importorskip("gradio", reason="the chat app needs Gradio")
+    config = GPTConfig(vocab_size=50257, n_ctx=64, n_embd=16, n_layer=1, n_head=2)
+    model = GPTLanguageModel(config)
+    save_pretrained(model, tmp_path / "model", gpt2_encoding)
+    add_lora(model, r=2)
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p.normal_()
+    save_adapter(model, tmp_path / "mine", "gpt2")
+    words = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "mine")]
+    assert main(["generate", "Hello", "--chat", "--json", "--max-new-tokens", "4", *words]) == 0
+    assert 1 <= json.loads(capsys.readouterr().out)["tokens"] <= 4
+    app = build_app(tmp_path / "model", tmp_path / "mine", "cpu")
+    address = launch(app, 0, block=False)
+    try:
+        from gradio_client import Client
+
+        ours = Client(address, verbose=False, analytics_enabled=False)
+        chat = ours.view_api(return_format="dict", print_info=False)["named_endpoints"]["/chat"]["parameters"]
+        assert {p["parameter_name"]: p["parameter_default"] for p in chat}["adapter"] == "mine"
+        page = ours.predict(message="Hi", max_new_tokens=4, api_name="/chat")[1]
+        assert [m["role"] for m in page] == ["user", "assistant"]
+    finally:
+        app.close(verbose=False)
+
+
+@pytest.mark.parametrize("command", ["chat --port 0", "generate Hi"])
+def test_gpt2_without_its_weights_is_one_line_with_ways_out_and_exit_code_2(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(*command.split(), "--model", "gpt2") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "gpt2" in told and "HF_HOME" in told and "local folder" in told
