@@ -4,7 +4,7 @@
     python benchmarks/alignment.py --quick    # one seed, three rows, a third of the steps, writes nothing
 
 The base model `mini` is tuned on data/instructions/train.json in several ways, each for the same number of steps
-(--steps), a small part of the recipe's training, so that many fit into an hour. Each result is measured on records and
+(--steps), a part of the recipe's training, so that many fit into an hour. Each result is measured on records and
 facts that it was not tuned on:
 
 * test_loss   mean nats per reply token on records of data/instructions/test.json;
@@ -49,7 +49,7 @@ from minigpt_lib.weights import load_pretrained
 
 ALL_LINEAR = ("c_attn", "c_proj", "c_fc")
 TOO_HIGH = 20  # times the recipe's learning rate
-STEPS, TABLE_RECORDS = 120, 150
+STEPS, TABLE_RECORDS = 300, 150
 RECIPE_ROW, SHIPPED = "LoRA, the recipe's shape", "the shipped adapter"
 
 
