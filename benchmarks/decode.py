@@ -263,13 +263,9 @@ def long(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dic
     }  # fmt: skip
 
 
-def median_ms(run: Callable[[], object], repeats: int = 30) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times)
+def medians_ms(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Milliseconds of each, taken in turn, because a difference of two is wanted."""
+    return {name: 1e3 * statistics.median(times) for name, times in interleaved(runs, repeats).items()}
 
 
 @torch.inference_mode()
@@ -284,16 +280,17 @@ def parts(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> di
         def at(pos: int, run: Callable[[], object], cache: KVCache = cache) -> Callable[[], object]:
             return lambda: (setattr(cache, "pos", pos), run())
 
-        prefill = median_ms(at(0, lambda: fast.last_logits(idx, cache)), 3)  # noqa: B023
+        prefill = medians_ms({"it": at(0, lambda: fast.last_logits(idx, cache))}, 3)["it"]  # noqa: B023
         cache.pos = S
         inputs, keys, values = fast._inputs(idx[:, :1], cache, None, S + 1)
-        whole = median_ms(at(S, lambda: fast.last_logits(idx[:, :1], cache)))  # noqa: B023
-        inside = median_ms(lambda: fast._run[1](*inputs, keys, values))  # noqa: B023
+        step = medians_ms({"whole": at(S, lambda: fast.last_logits(idx[:, :1], cache)),  # noqa: B023
+                           "inside": lambda: fast._run[1](*inputs, keys, values)}, 40)  # noqa: B023  # fmt: skip
         begin = time.perf_counter()
         generate(fast, idx, args.new, temperature=0)
         token = (1e3 * (time.perf_counter() - begin) - prefill) / (args.new - 1)
-        rows = {"prefill of the prompt": prefill, "one token": token, "compiled function": inside,
-                "its inputs and checks": whole - inside, "choice and bookkeeping": token - whole,
+        rows = {"prefill of the prompt": prefill, "one token": token, "compiled function": step["inside"],
+                "its inputs and checks": step["whole"] - step["inside"],
+                "choice, bookkeeping and drift": token - step["whole"],
                 "weights at the memory's speed": megabytes(model)[kind] / memory.read()}  # fmt: skip
         out[kind] = {name: round(value, 3) for name, value in rows.items()}
         print(f"{kind:9} ms:", ", ".join(f"{name} {value:.2f}" for name, value in rows.items()), flush=True)
