@@ -363,7 +363,7 @@ def cuda(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dic
     return out
 
 
-PARTS = {"single": single, "batch": batch, "long": long, "parts": parts, "lookup": lookup, "int8": int8}
+PARTS = {"single": single, "batch": batch, "int8": int8, "lookup": lookup, "long": long, "parts": parts}
 
 
 def against_targets(results: dict) -> list[dict]:
