@@ -111,7 +111,7 @@ def load_checkpoint(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require_same(path, "model", state["config"], asdict(model.config))
     _require_same(path, "TrainConfig", _fixed(state["train"]), _fixed(asdict(cfg)))
-    _require_same(path, "corpus", state["data"], data or {})
+    _require_same(path, "run", state["data"], data or {})
     shapes = [{name: list(t.shape) for name, t in d.items()} for d in (state["model"], trained)]
     _require_same(path, "set of trained parameters", *shapes)
     with torch.no_grad():

@@ -41,6 +41,8 @@ def _add_training(p: _Parser, **defaults: Any) -> None:
         p.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=text)
     choices = ("fp32", "bf16", "fp16", "auto")
     p.add_argument("--precision", default="fp32", choices=choices, help="all but fp32 are autocast")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    p.add_argument("--compile", action="store_true", help="translate the blocks first: for long runs")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
 
 # %% ../notebooks/09_chat.ipynb #ed0df556
@@ -160,7 +162,8 @@ def run_pretrain(args: argparse.Namespace) -> None:
     window = args.window or min(512, config.n_ctx)
     warmup, every = min(args.warmup, args.steps // 10), max(1, args.steps // 20)
     cfg = TrainConfig(args.steps, args.batch_size, args.accumulate, args.lr, args.lr / 20, warmup, eval_every=every,
-                      precision=args.precision, checkpoint_every=200, seed=args.seed)
+                      precision=args.precision, checkpoint_every=200, seed=args.seed, compile=args.compile,
+                      gradient_checkpointing=args.gradient_checkpointing)  # fmt: skip
     tokens = None if corpus[0].suffix == ".tokens" else out / "train.tokens"
     model, history = pretrain(corpus[0] if len(corpus) == 1 else corpus, enc, cfg, config=None if start else config,
                               start=start, window=window, heldout=heldout, folder=out, resume=args.resume,
@@ -273,11 +276,12 @@ def run_finetune(args: argparse.Namespace) -> None:
 
     out = _out_folder(args.out or f"runs/{Path(args.model).name}-{'full' if args.full else 'adapter'}", args.resume)
     records, val_records = _instructions(args)
-    load = _untrained if args.untrained else load_pretrained
-    model, enc = load(args.model, device=pick_device(args.device)), load_tokenizer(args.model)
+    name, device = args.model, pick_device(args.device)
+    model = _untrained(name, args.seed).to(device) if args.untrained else load_pretrained(name, device=device)
+    enc = load_tokenizer(name)
     recipe, cfg = _tuning(args, model.config, len(records))
     if not args.full:
-        recipe.add_lora(model)
+        recipe.add_lora(model, args.seed)
     begin = time.monotonic()
     history = finetune(model, enc, records, val_records=val_records, cfg=cfg, recipe=recipe, packed=args.pack,
                        folder=out, resume=args.resume)
@@ -298,7 +302,8 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
     given = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipe_for(config)
     recipe = replace(recipe, **{k: given[k] for k in ("r", "alpha", "epochs", "batch_size", "max_len") if k in given})
-    changes = {k: given[k] for k in ("steps", "lr", "seed", "precision") if k in given} | {"checkpoint_every": 100}
+    fields = ("steps", "lr", "seed", "precision", "compile", "gradient_checkpointing")
+    changes = {k: given[k] for k in fields if k in given} | {"checkpoint_every": 100}
     if args.lr:
         changes["min_lr"] = args.lr / 10
     if args.steps:
@@ -311,6 +316,8 @@ def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None
     from minigpt_lib.records import clean_records, fetch_alpaca, load_records, read_records, split_records
     from minigpt_lib.runtime import data_dir
 
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} must be at least 1")
     alpaca = args.data == "alpaca"
     data = fetch_alpaca("runs/alpaca") if alpaca else Path(args.data or data_dir() / "instructions" / "train.json")
     if not alpaca and not args.clean:
@@ -322,14 +329,20 @@ def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None
     print(f"kept {len(kept)} records, dropped {len(dropped)}", file=sys.stderr)
     records, val = split_records(kept)
     records = records[: args.limit]
+    if not records:
+        raise ValueError(f"{data} holds no record that can be learnt: see above what was dropped and why")
     return records, load_records(args.val) if args.val else val[: max(1, len(records) // 10)]
 
 
-def _untrained(name: str, device: Any) -> Any:
+def _untrained(name: str, seed: int) -> Any:
     """A model of a named shape with random weights: it learns nothing of use, but shows that every part runs."""
+    import torch
+
     from minigpt_lib.model import GPTConfig, GPTLanguageModel
 
-    return GPTLanguageModel(GPTConfig.preset(name)).to(device)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)  # whoever resumes needs the same weights
+        return GPTLanguageModel(GPTConfig.preset(name))
 
 # %% ../notebooks/09_chat.ipynb #76ce324c
 def run_export(args: argparse.Namespace) -> None:
@@ -386,8 +399,8 @@ def build_parser() -> argparse.ArgumentParser:
     _generate_options(_add(commands, "generate", run_generate, "continue a text, or answer it (--chat)", "the writer"))
     p = _add(commands, "pretrain", run_pretrain, "train a new model on text", "whose shape and tokenizer it gets")
     p.add_argument("--init", metavar="NAME|FOLDER", help="go on with this model's weights (default: new ones)")
-    p.add_argument("--data", nargs="+", metavar="FILE",
-                   help="text files, documents separated by <|endoftext|> (default: the course's corpus)")
+    texts = "text files or folders of .txt, documents separated by <|endoftext|>; or one .tokens file"
+    p.add_argument("--data", nargs="+", metavar="TEXT", help=f"{texts} (default: the course's corpus)")
     p.add_argument("--heldout", metavar="FILE", help="text to measure the loss on (default: heldout.txt beside --data)")
     p.add_argument("--out", default="runs/base", metavar="FOLDER", help="where the model goes")
     _add_training(p, steps=4400, batch_size=4, lr=2e-3, seed=0)

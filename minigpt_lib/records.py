@@ -50,9 +50,12 @@ def _check_record(record: object) -> None:
         _check_text(f"the field {field!r}", record[field])
     if record.get("input") not in (None, "") and str(record["input"]).strip():
         _check_text("the field 'input'", record["input"])
-    for pair in record.get("history") or ():
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
+    history = record.get("history") or ()
+    for pair in history if isinstance(history, list | tuple) else (history,):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"the field 'history' must be a list of pairs [question, reply], not {pair!r:.40}")
+        for text in pair:
+            _check_text("the field 'history'", text)
 
 # %% ../notebooks/08_instruction_tuning.ipynb #7bebb75e
 def check_records(records: Sequence[object], where: str = "") -> None:

@@ -3,6 +3,7 @@
 # %% ../notebooks/08_instruction_tuning.ipynb #06b68f31
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import tiktoken
 import torch
 
 from .adapters import save_adapter
-from .batching import LengthBatches, encode_records, pack, pad
+from .batching import Example, LengthBatches, encode_records, pack, pad
 from .checkpoints import delete_checkpoints
 from .files import write_atomically
 from .lora import LoRALinear, add_lora, lora_configs, lora_layers
@@ -58,7 +59,7 @@ class Recipe:
 
     def train_config(self, records: int, *, full: bool = False, **changes: float) -> TrainConfig:
         """The training of this recipe for a number of records; `changes` are fields of TrainConfig."""
-        steps = int(changes.get("steps", self.epochs * -(-records // self.batch_size)))
+        steps = int(changes.get("steps", self.epochs * -(-records // max(1, self.batch_size))))
         lr = changes.get("lr", self.lr_full if full else self.lr)
         plan = {"steps": steps, "batch_size": self.batch_size, "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0,
                 "warmup": int(self.warmup * steps), "eval_every": max(1, steps // 8)}  # fmt: skip
@@ -96,21 +97,22 @@ def finetune(
 
     `recipe` defaults to the one for the model's size, `cfg` to the recipe's training, `max_len` to its tokens a record;
     `val_records` add val_loss to the history, in nats per reply token; `packed` puts several records into a row.
-    `folder` gets the result and training.json. Raises ValueError for bad records (with the number), a merged adapter,
+    `folder` gets the result and training.json; a run goes on only with the same records, adapter and base. Raises
+    ValueError for another run's checkpoint, bad records (with the number), a merged adapter,
     one on the tied head, or a tokenizer with more ids than the model.
     """
     _check_model(model, enc)
+    check_records(records)
     recipe = recipe or recipe_for(model.config)
     cfg = cfg or recipe.train_config(len(records), full=not lora_layers(model))
     max_len = min(max_len or recipe.max_len, model.config.n_ctx)
-    check_records(records)
     examples = encode_records(enc, with_history(records, recipe.history, cfg.seed), max_len, mask_prompt=mask_prompt)
     val = LengthBatches(encode_records(enc, val_records, max_len), 32) if val_records else None
     evaluate = val and (lambda: evaluate_loss(model, map(val.batch, range(len(val))), cfg.precision))
     layout = {"chunk": 1, "collate": lambda few: pack(few, model.config.n_ctx)} if packed else {"collate": pad}
     batch_at = LengthBatches(examples, cfg.batch_size, cfg.seed, **layout).batch
     kwargs = {"evaluate": evaluate, "on_step": on_step, "folder": folder, "resume": resume, "progress": progress}
-    history = train(model, batch_at, cfg, **kwargs)
+    history = train(model, batch_at, cfg, data=_identity(model, examples, packed), **kwargs)
     if folder is not None:
         _save_tuned(model, enc, Path(folder), cfg, history, {"records": len(records), "recipe": asdict(recipe)})
     return history
@@ -124,6 +126,17 @@ def _check_model(model: GPTLanguageModel, enc: tiktoken.Encoding) -> None:
         raise ValueError("lm_head carries an adapter, which the chunked loss does not see: tune other layers")
     if enc.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {enc.n_vocab} ids, the model's vocab_size is {model.config.vocab_size}")
+
+
+def _identity(model: GPTLanguageModel, examples: Sequence[Example], packed: bool) -> dict[str, object]:
+    """What a checkpoint must have been learning from: the examples, the adapters, the frozen weights."""
+    learnt, frozen = hashlib.sha256(), hashlib.sha256()
+    for example in examples:
+        learnt.update(json.dumps(example).encode())
+    for p in (p for p in model.parameters() if not p.requires_grad):
+        frozen.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())  # enough to tell two models apart
+    lora = {name: str(config) for name, config in lora_configs(model).items()}
+    return {"examples": learnt.hexdigest(), "packed": packed, "lora": lora, "base": frozen.hexdigest()}
 
 # %% ../notebooks/08_instruction_tuning.ipynb #bcf4daea
 def _save_tuned(

@@ -214,8 +214,9 @@ def train(
         optimizer = configure_optimizer(model, cfg)
         scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(cfg.precision, device) == torch.float16)
         stored = {"data": data, "scaler": scaler}
-        goes_on = resume is True or (resume == "auto" and bool(checkpoints(folder)))
-        start, history = load_checkpoint(folder, model, optimizer, cfg, **stored) if goes_on else (0, [])
+        start, history = 0, []
+        if _goes_on(resume, folder, device):
+            start, history = load_checkpoint(folder, model, optimizer, cfg, **stored)
         watchers = [open_history(folder if main else None, history), *([on_step] if on_step and main else [])]
         cost = _cost(model, batch_at(start * cfg.accumulate), cfg) if progress and main else None
         with interrupt_flag() as stop, progress_bar(start, cfg.steps, progress and main, cost=cost) as show:
@@ -241,6 +242,12 @@ def _check_run(cfg: TrainConfig, folder: str | Path | None, resume: bool | str, 
         raise ValueError(f"resume={resume!r} needs folder=…, where the checkpoints lie")
     if cfg.batch_size % ranks.world:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the {ranks.world} ranks that share it")
+
+
+def _goes_on(resume: bool | str, folder: str | Path | None, device: torch.device) -> bool:
+    """Whether to resume. All ranks answer alike: one that does not see the others' folder is told, not waited for."""
+    found = torch.tensor(float(resume == "auto" and bool(checkpoints(folder))), device=device)
+    return resume is True or bool(all_sum(found))
 
 
 def _cost(model: GPTLanguageModel, batch: Batch, cfg: TrainConfig) -> float:
@@ -294,9 +301,10 @@ def pretrain(
     if enc.n_vocab > config.vocab_size:
         raise ValueError(f"the tokenizer has {enc.n_vocab} ids, the model's vocab_size is only {config.vocab_size}")
     with process_group(device) as device:
+        # first what is small: a wrong name should not show after an hour of encoding
+        val = heldout_batches(load_tokens(heldout, enc), window, cfg.batch_size, limit=16) if heldout else None
         ids = _shared_tokens(corpus, enc, tokens, options.get("progress", True))
         windows = TokenWindows(ids, window, cfg.batch_size, cfg.seed)
-        val = heldout_batches(load_tokens(heldout, enc), window, cfg.batch_size, limit=16) if heldout else None
         with torch.random.fork_rng([]):
             torch.manual_seed(cfg.seed)
             model = GPTLanguageModel(config) if start is None else start

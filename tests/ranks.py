@@ -1,6 +1,7 @@
 """What two ranks do in test_distributed.py: `torchrun … tests/ranks.py FOLDER SEED` writes FOLDER/losses.json."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,13 @@ def main(folder: str, seed: str) -> None:
             train(build(1), windows_of(1).batch, replace(CFG, batch_size=3), progress=False)
         except ValueError as error:
             out["error"] = str(error)
+        own = Path(folder, f"own{current_ranks().rank}")  # as on two machines without a common disk
+        if current_ranks().main:
+            shutil.copytree(Path(folder, "ddp"), own)
+        try:
+            train(build(1), windows_of(int(seed)).batch, CFG, folder=own, resume="auto", progress=False)
+        except ValueError as error:
+            out["alone"] = str(error)
         if current_ranks().main:
             Path(folder, "losses.json").write_text(json.dumps(out))
 

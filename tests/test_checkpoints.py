@@ -107,6 +107,35 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, seed):
     assert [json.loads(line)["loss"] for line in log.read_text().splitlines()] == straight
 
 
+def test_the_same_command_goes_on_after_kills(tmp_path, seed):
+    """`python -m minigpt_lib.training`, killed twice at random moments, then left alone: as if never killed."""
+    rng = random.Random(seed)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choices(["one", "two", "red", "blue", "bird.", "stone"], k=3000)))
+    words = [sys.executable, "-m", "minigpt_lib.training", str(tmp_path / "text.txt"), "--window", "16"]
+    words += ["--steps", "40", "--batch-size", "2", "--seed", str(seed), "--device", "cpu", "--out"]
+    often = [*words, str(tmp_path / "killed"), "--checkpoint-every", "1"]
+    options = {"cwd": ROOT, "stderr": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    steps = []
+    for _ in range(2):
+        process = subprocess.Popen(often, **options)
+        before, deadline = checkpoints(tmp_path / "killed")[:1], time.monotonic() + 120
+        while checkpoints(tmp_path / "killed")[:1] == before:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL
+        steps.append(int(checkpoints(tmp_path / "killed")[0].stem.split("-")[1]))
+    assert 0 < steps[0] < steps[1] < 40, steps
+    for command in (often, [*words, str(tmp_path / "straight")]):
+        assert subprocess.run(command, **options, timeout=120).returncode == 0
+    killed, straight = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("killed", "straight")
+    )
+    assert killed == straight and len(set(straight)) == 40, f"killed after {steps} steps (seed {seed})"
+
+
 # ---- damaged files and full disks -----------------------------------------------------------------------------------
 
 
@@ -218,7 +247,7 @@ def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
 def test_another_corpus_is_refused(tmp_path, seed):
     train(build(seed), windows_of(seed).batch, RUN, folder=tmp_path, data={"tokens": "abc"}, progress=False)
     options = {"folder": tmp_path, "resume": True, "progress": False}
-    with pytest.raises(ValueError, match="another corpus: tokens is abc there and xyz here"):
+    with pytest.raises(ValueError, match="another run: tokens is abc there and xyz here"):
         train(build(seed), windows_of(seed).batch, RUN, data={"tokens": "xyz"}, **options)
     assert len(train(build(seed), windows_of(seed).batch, RUN, data={"tokens": "abc"}, **options)) == 12
 
@@ -319,18 +348,19 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(tmp_path,
         train(build(seed), windows_of(seed).batch, RUN, resume=True, progress=False)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, seed):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, sent, seed):
     def press(record):
         if record["step"] == 4:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(sent)
     options = {"on_step": press, "progress": False}
     with pytest.raises(KeyboardInterrupt, match=r"stopped after 5 of 12 steps: .*resume=True"):
         train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, folder=tmp_path, **options)
     with pytest.raises(KeyboardInterrupt, match="stopped after 5 of 12 steps: nothing is saved"):
         train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, **options)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(sent) is handler
     resumed = train(build(seed, dropout=0.1), windows_of(seed).batch, RUN, folder=tmp_path, resume=True, progress=False)
     assert losses(resumed) == losses(whole_run(seed)), f"seed {seed}"
 

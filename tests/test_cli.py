@@ -104,6 +104,9 @@ def test_every_command_takes_a_model():
         ("finetune --model {tiny} --data {text}", "not JSON"),
         ("finetune --model {tiny} --data {bad} --out new", "record 2.*output"),
         ("finetune --model {tiny} --data {good} --r 999 --out new", "r=999.*32"),
+        ("finetune --model {tiny} --data {good} --limit 0 --out new", "--limit 0 must be at least 1"),
+        ("finetune --model {tiny} --data {good} --batch-size 0 --out new", "batch_size=0 must be at least 1"),
+        ("finetune --model {tiny} --data {good} --lr -1 --out new", "lr=-1.0"),
         ("export --model {tiny} --merge --out new", "--merge needs the adapter"),
         ("export --model {tiny} --out {tiny}", "holds a model already"),
         ("export --model {tiny}", "required: --out"),
@@ -418,6 +421,59 @@ def test_finetune_cleans_limits_and_packs(folder, tmp_path, capsys):
     assert "dropped record 43: duplicate of record 4" in said and "dropped record 44: expected an object" in said
     facts = json.loads(Path("tuned/training.json").read_text())
     assert facts["records"] == 20 and facts["heldout_loss"] > 0
+
+
+def test_cleaning_that_leaves_nothing_says_so(folder, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text(json.dumps([{"instruction": "Hi", "output": ""}] * 3))
+    assert run("finetune", "--model", folder, "--data", "bad.json", "--clean", "--out", "tuned") == 2
+    said = capsys.readouterr().err
+    assert "kept 0 records, dropped 3" in said and "bad.json holds no record that can be learnt" in said
+
+
+def test_an_interrupted_tuning_goes_on(folder, tmp_path, capsys, monkeypatch):
+    import signal
+
+    import minigpt_lib.training as training
+
+    records = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(12)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    words = ["finetune", "--model", folder, "--data", "train.json", "--steps", 6, "--batch-size", 3, "--seed", 4]
+    assert run(*words, "--out", "whole") == 0
+    step, done = training.train_step, []
+
+    def press(*args, **kwargs):
+        done.append(1)
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", press)
+    assert run(*words, "--out", "parts") == 130 and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(training, "train_step", step)
+    assert run(*words, "--out", "parts", "--resume", "--gradient-checkpointing") == 0  # this changes no result
+    whole, parts = (load_file(f"{name}/adapter_model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[k], parts[k], atol=1e-6) for k in whole) and any(t.any() for t in whole.values())
+
+
+def test_the_recipe_for_gpt2_runs_through_without_official_weights(gpt2_encoding, tmp_path, monkeypatch, capsys):
+    """The command of the course's recipe, on random weights; the preset is narrow in depth here, not in width."""
+    import minigpt_lib.model as model
+    import minigpt_lib.records as records
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIGPT_DEVICE", "cpu")
+    monkeypatch.setitem(model.PRESETS, "gpt2", (50257, 64, 768, 1, 12))
+    said = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} it is."} for n in range(60)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(said))
+    monkeypatch.setattr(records, "fetch_alpaca", lambda place: tmp_path / "alpaca.json")
+    words = ["finetune", "--model", "gpt2", "--data", "alpaca", "--limit", 8, "--untrained", "--out", "tuned"]
+    assert run(*words) == 0 and "minigpt chat --model gpt2 --adapter tuned" in capsys.readouterr().out
+    facts, config = (json.loads(Path("tuned", name).read_text()) for name in ("training.json", "adapter_config.json"))
+    assert facts["records"] == 8 and facts["train"]["steps"] == 3 and facts["train"]["lr"] == 2e-4
+    assert facts["heldout_loss"] > 0 and Path("tuned/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (config["r"], config["target_modules"]) == (8, ["c_attn"])
+    assert config["base_model_name_or_path"] == "openai-community/gpt2"
+    assert any(t.any() for name, t in load_file("tuned/adapter_model.safetensors").items() if "lora_B" in name)
 
 
 def test_finetune_fetches_alpaca_when_asked(folder, tmp_path, monkeypatch, capsys):

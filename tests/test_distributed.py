@@ -38,6 +38,7 @@ def test_two_ranks_equal_one_process(tmp_path, seed):
     done = torchrun("tests/ranks.py", str(tmp_path / "two"), str(seed % 10_000))
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = json.loads((tmp_path / "two" / "losses.json").read_text()), runs(tmp_path / "one", seed % 10_000)
+    assert "all need the same, shared folder" in two.pop("alone")
     assert two.pop("error") == "batch_size=3 must be a multiple of the 2 ranks that share it"
     for name, expected in one.items():
         difference = np.abs(np.array(two[name]) - expected)
@@ -65,6 +66,13 @@ def test_the_module_runs_under_torchrun_and_goes_on(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "run" / "train.tokens").exists() and "3/3" in done.stderr
+    apart = [*words[:3], "--out", str(tmp_path / "fsdp"), *words[5:], "--fsdp"]  # samples too come from a divided model
+    done = torchrun(*apart)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [(tmp_path / name / "history.jsonl").read_text().splitlines() for name in ("run", "fsdp")]
+    losses = np.array([[json.loads(line)["loss"] for line in lines] for lines in both])
+    assert np.abs(losses[0] / losses[1] - 1).max() < 1e-5, losses
+    assert all("One" in json.loads(lines[-1])["sample"] for lines in both)
     done = torchrun(*words, "--lr", "0.5")
     assert done.returncode != 0 and "another TrainConfig: lr is 0.001 there and 0.5 here" in done.stderr
 

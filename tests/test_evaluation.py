@@ -1,9 +1,12 @@
 """Answers, and how they are counted: format, end tokens, repetition, recall."""
 
+import json
+
 import pytest
 import torch
 from instructions import some_records, text
 
+from minigpt_lib.adapters import load_adapter
 from minigpt_lib.evaluation import (
     complete,
     decode_reply,
@@ -15,7 +18,12 @@ from minigpt_lib.evaluation import (
     reply_rates,
     states,
 )
+from minigpt_lib.lora import lora_disabled
+from minigpt_lib.records import load_records
+from minigpt_lib.runtime import data_dir
 from minigpt_lib.template import encode_prompt
+from minigpt_lib.tokenizer import load_tokenizer
+from minigpt_lib.weights import load_pretrained
 
 
 def test_batched_answers_equal_single_ones(model, enc):
@@ -104,3 +112,18 @@ def test_reply_rates(enc, model, monkeypatch):
     assert (rates["format"], rates["end"]) == (2 / 4, 3 / 4)
     assert rates["repeated"] == pytest.approx(sum(map(repeated_share, said)) / 4) and rates["repeated"] > 0.1
     assert format_rate(model, enc, some_records(4)) == 2 / 4
+
+
+def test_the_shipped_adapter_answers_in_format_knows_its_facts_and_can_be_switched_off(seed):
+    """Measured here, not read from a table: on test instructions, and on facts that no record mentions."""
+    enc, base = load_tokenizer("mini"), load_pretrained("mini")
+    tuned = load_adapter(load_pretrained("mini"), data_dir() / "mini" / "adapter")
+    facts = [f for f in json.loads((data_dir() / "facts.json").read_text("utf-8")) if f["group"] == "pretrained"][::2]
+    assert len(facts) >= 100 and recall(tuned, enc, facts)["pretrained"] >= 0.8
+    rates = reply_rates(tuned, enc, load_records(data_dir() / "instructions" / "test.json")[::4])
+    assert rates["format"] >= 0.95 and rates["end"] >= 0.95, rates
+    idx = torch.randint(0, enc.n_vocab, (3, 40))
+    with torch.no_grad():
+        assert not torch.allclose(tuned(idx)[0], base(idx)[0], atol=0.1)
+        with lora_disabled(tuned):
+            assert torch.equal(tuned(idx)[0], base(idx)[0]), f"seed {seed}"

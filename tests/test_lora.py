@@ -480,6 +480,7 @@ def test_merge_equals_pefts_merge(exact, idx, tmp_path):
 
 def test_merge_in_half_precision_rounds_once(model):
     model.to(torch.bfloat16)
+    base = {name: p.clone() for name, p in model.named_parameters()}
     shake(add_lora(model, r=4))
     for layer in lora_layers(model).values():
         want = (layer.weight.double() + layer.delta().double()).to(torch.bfloat16)
@@ -488,6 +489,7 @@ def test_merge_in_half_precision_rounds_once(model):
     for layer in lora_layers(model).values():
         assert (layer.weight == layer.want).float().mean() > 0.999  # float32 and float64 sums round alike but for ties
     unmerge_lora(model)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in base.items())
 
 
 def test_disabled_comes_back_also_after_an_error(model, idx):
@@ -670,6 +672,21 @@ def test_adapters_that_do_not_fit(model, adapter, changes, words):
     with pytest.raises(ValueError, match=words):
         load_adapter(model, adapter)
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"n_embd": 36}, r"h\.0\.attn\.c_attn\.lora_A\.weight has shape \(3, 24\), this model needs \(3, 36\)"),
+        ({"n_layer": 1}, "0 tensors missing .*2 unexpected .*h.1.attn"),
+        ({"n_layer": 3}, "2 tensors missing .*h.2.attn.* 0 unexpected"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(adapter, shape, words):
+    other = GPTLanguageModel(GPTConfig(**(SHAPE | shape)))
+    with pytest.raises(ValueError, match=words):
+        load_adapter(other, adapter)
+    assert not lora_layers(other) and all(p.requires_grad for p in other.parameters())
 
 
 def test_damaged_adapter_files(model, adapter):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import TINY, T, V, batch_of, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_lib import loss as loss_module
-from minigpt_lib.loss import CHUNK, chunked_cross_entropy, count_targets, evaluate_loss, summed_loss
+from minigpt_lib.loss import CHUNK, amp_dtype, chunked_cross_entropy, count_targets, evaluate_loss, summed_loss
 
 
 class Made(TorchDispatchMode):
@@ -114,6 +115,21 @@ def test_autocast_is_as_close_as_plain_autocast(seed):
         assert a.dtype == torch.float32
         error, usual = float((a - t).norm() / t.norm()), float((b - t).norm() / t.norm())
         assert 0 < error < 1.5 * usual + 1e-3, f"{error} against {usual} (seed {seed})"
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "dtype"),
+    [
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, None),
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),
+        ("mps", False, torch.float16),
+    ],
+)
+def test_auto_is_bf16_where_there_are_units_for_it_else_fp16_on_a_gpu(device, units, dtype, monkeypatch):
+    monkeypatch.setattr(loss_module, "describe_device", lambda device: types.SimpleNamespace(bf16=units))
+    assert amp_dtype.__wrapped__("auto", torch.device(device)) is dtype
 
 
 def test_huge_scores_overflow_nothing(seed):

@@ -45,6 +45,9 @@ def test_load_records(tmp_path):
         ('[{"instruction": 3, "output": "b"}]', "record 1: the field 'instruction' must be text"),
         ('[{"instruction": "a", "input": 5, "output": "b"}]', "record 1: the field 'input' must be text, not 5"),
         ('[{"instruction": "a", "output": "b", "history": [["x"]]}]', "record 1: the field 'history'"),
+        ('[{"instruction": "a", "output": "b", "history": 5}]', "record 1: the field 'history' must be a list"),
+        ('[{"instruction": "a", "output": "b", "history": [["x", null]]}]', "'history' must be text, not None"),
+        ('[{"instruction": "a", "output": "b", "history": [[" ", "y"]]}]', "the field 'history' must be text that is"),
     ],
 )
 def test_bad_record_files(tmp_path, content, words):
@@ -116,6 +119,8 @@ def test_half_characters_are_named(field):
     with pytest.raises(ValueError, match=f"record 1: the field '{field}' holds half a character"):
         check_records([record])
     check_records([record | {field: "fine \U0001f600"}])
+    with pytest.raises(ValueError, match="record 1: the field 'history' holds half a character"):
+        check_records([record | {field: "fine", "history": [["a", "b"], ["c", "\ud83d"]]}])
 
 
 def test_nulls(tmp_path):
@@ -139,6 +144,7 @@ def test_cleaning_reports_every_dropped_record(seed):
         "'instruction' is missing": {"output": "a"},
         "half a character": {"instruction": "\udc00", "output": "a"},
         "must be text, not 7": {"instruction": "a", "output": 7},
+        "'history' must be a list of pairs": {"instruction": "a", "output": "b", "history": True},
         "duplicate of record 1": {**good[0], "output": f" {good[0]['output']} \n", "task": "other fields do not count"},
     }
     mixed = [good[0], *random.sample([*good[1:], *bad.values()], len(good) - 1 + len(bad))]

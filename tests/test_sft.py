@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,47 @@ def test_finetune_is_reproducible(model, enc):
         add_lora(tuned, 2, dropout=0.1)
         runs.append([h["loss"] for h in finetune(tuned, enc, SIMPLE, recipe=TINY, progress=False)])
     assert runs[0] == runs[1]
+
+
+def test_an_interrupted_tuning_goes_on_with_the_same_losses(model, enc, tmp_path, seed):
+    """The engine of pretraining, with an adapter and dropout: bit-equal, and refused for anything but the same run."""
+    recipe = replace(TINY, dropout=0.2, history=0.5)
+    cfg = recipe.train_config(len(SIMPLE), steps=8, checkpoint_every=3)
+
+    def tune(base=model, records=SIMPLE, shape=recipe, **options):
+        tuned = shape.add_lora(copy.deepcopy(base), options.pop("draw", seed))
+        options = {"cfg": cfg, "recipe": recipe, "progress": False} | options
+        return tuned, [h["loss"] for h in finetune(tuned, enc, records, **options)]
+
+    def pull_the_plug(record):
+        if record["step"] == 4:
+            raise RuntimeError("pulled the plug")
+
+    straight, expected = tune()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        tune(folder=tmp_path, on_step=pull_the_plug)
+    other = copy.deepcopy(model)
+    other.h[0].mlp.c_fc.bias.data += 1e-3
+    for changes, words in (
+        ({"records": SIMPLE[:5] + [SIMPLE[0]]}, "another run: examples"),
+        ({"mask_prompt": False}, "another run: examples"),
+        ({"packed": True}, "another run: packed is False there and True here"),
+        ({"shape": replace(recipe, alpha=3)}, r"another run: lora .*alpha=8.* there and .*alpha=3"),
+        ({"base": other}, "another run: base"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tune(folder=tmp_path, resume=True, **changes)
+    resumed, losses = tune(folder=tmp_path, resume=True, draw=seed + 1)  # A and B must come from the file
+    assert losses == expected and len(set(expected)) == 8, f"seed {seed}"
+    for name, p in lora_parameters(straight).items():
+        assert torch.equal(lora_parameters(resumed)[name], p), f"{name} (seed {seed})"
+
+
+def test_nothing_to_learn_is_said_before_anything_is_planned(model, enc):
+    with pytest.raises(ValueError, match="expected a list of at least one record"):
+        finetune(model, enc, [], progress=False)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        replace(TINY, batch_size=0).train_config(10)
 
 
 def test_finetune_refuses(model, enc):

@@ -86,6 +86,7 @@ def test_what_decays_and_what_does_not(seed):
     cfg = TrainConfig(weight_decay=0.25)
     optimizer = configure_optimizer(model, cfg)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert optimizer.defaults["fused"] is True, "all tensors in one pass"
     count = sum(len(g["params"]) for g in optimizer.param_groups)
     assert count == len(decay) == len(list(model.parameters())), "a tied tensor counts once"
     for name, p in model.named_parameters():
@@ -123,6 +124,17 @@ def test_schedule_against_formula_and_torch(trial, seed):
         optimizer.step()
         cosine.step()
     assert ours[warmup] == max(ours) and abs(max(ours) - lr) < 1e-9 * lr and abs(ours[-1] - cfg.min_lr) < 1e-9 * lr
+
+
+def test_a_linear_schedule_equals_torchs(seed):
+    cfg = TrainConfig(steps=random.Random(seed).randint(20, 90), lr=3e-3, min_lr=6e-4, warmup=7, decay="linear")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)
+    line = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.min_lr / cfg.lr, cfg.steps - 1 - cfg.warmup)
+    for step in range(cfg.warmup, cfg.steps):
+        assert abs(optimizer.param_groups[0]["lr"] - lr_at(step, cfg)) < 1e-9, (step, cfg)
+        optimizer.step()
+        line.step()
+    assert lr_at(0, cfg) == cfg.lr / 8 and lr_at(cfg.steps - 1, cfg) == pytest.approx(cfg.min_lr)
 
 
 def test_schedule_of_a_single_step_uses_the_full_rate():
@@ -350,7 +362,7 @@ def test_pretrain_learns_and_is_reproducible(tmp_path, byte_encoding, seed):
     assert torch.equal(flat(resumed), flat(model))
 
 
-def test_pretrain_refuses_what_cannot_work(tmp_path, byte_encoding):
+def test_pretrain_refuses_what_cannot_work(tmp_path, byte_encoding, monkeypatch):
     (tmp_path / "short.txt").write_text("too short", "utf-8")
     config = replace(TINY, vocab_size=257)
     go = lambda **k: pretrain(tmp_path / "short.txt", byte_encoding, TrainConfig(steps=1), progress=False, **k)  # noqa: E731
@@ -360,8 +372,11 @@ def test_pretrain_refuses_what_cannot_work(tmp_path, byte_encoding):
         go(config=TINY, window=8)
     with pytest.raises(ValueError, match="the text has 10 tokens, one window of 16 needs 17"):
         go(config=config, window=16)
+    monkeypatch.setattr("minigpt_lib.training._shared_tokens", lambda *a: pytest.fail("encoded first"))
     with pytest.raises(FileNotFoundError, match=r"no corpus file .*nowhere\.txt"):
         go(config=config, window=8, heldout=tmp_path / "nowhere.txt")
+    with pytest.raises(ValueError, match="the text has 10 tokens, one window of 12 needs 13"):
+        go(config=config, window=12, heldout=tmp_path / "short.txt")
 
 
 def test_mini_is_the_default_model(tmp_path, byte_encoding):
