@@ -214,9 +214,8 @@ def train(
         optimizer = configure_optimizer(model, cfg)
         scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(cfg.precision, device) == torch.float16)
         stored = {"data": data, "scaler": scaler}
-        start, history = 0, []
-        if _goes_on(resume, folder, device):
-            start, history = load_checkpoint(folder, model, optimizer, cfg, **stored)
+        goes_on = _goes_on(resume, folder, device)
+        start, history = load_checkpoint(folder, model, optimizer, cfg, **stored) if goes_on else (0, [])
         watchers = [open_history(folder if main else None, history), *([on_step] if on_step and main else [])]
         cost = _cost(model, batch_at(start * cfg.accumulate), cfg) if progress and main else None
         with interrupt_flag() as stop, progress_bar(start, cfg.steps, progress and main, cost=cost) as show:
