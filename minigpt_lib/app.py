@@ -71,6 +71,16 @@ def _streamer(gr: Any, part: Page, do: Callable, *names: str) -> Callable:
     run.__annotations__ = {"request": gr.Request}  # this is how Gradio learns what to hand in
     return run
 
+# %% ../notebooks/09_chat.ipynb #7b20f3de
+def _leaver(gr: Any, do: Callable) -> Callable:
+    """`do`, which wants to know who left, as Gradio calls it when a page is closed or loaded anew."""
+
+    def run(request: Any) -> None:
+        do(request.session_hash)
+
+    run.__annotations__ = {"request": gr.Request}
+    return run
+
 # %% ../notebooks/09_chat.ipynb #62b35ab6
 def _picker(gr: Any, part: Page, do: Callable, *names: str) -> Callable:
     """`do`, which wants to know what was chosen on the page, `names` of it, as Gradio calls it."""
@@ -193,6 +203,7 @@ def build_app(
         _wire_compare(gr, do, both, controls)
         _wire_attention(gr, do, look, [named["adapter"], named["strength"]])
         app.load(_listener(gr, chat, do.restore, "stored"), chat["stored"], [chat[name] for name in _CHAT], **_QUIET)
+        app.unload(_leaver(gr, do.leave))
     app.queue(max_size=QUEUE, default_concurrency_limit=WORKERS)
     off = dict.fromkeys(("share", "run_history", "ssr_mode", "enable_monitoring", "mcp_server"), False)
     look = {"theme": app_theme(), "css": CSS, "footer_links": [], "state_session_capacity": SESSIONS,

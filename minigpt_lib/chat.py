@@ -9,7 +9,7 @@ import copy
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ class LRU:
             self.nbytes += nbytes
             while self.nbytes > self.max_bytes:
                 self.nbytes -= self._things.popitem(last=False)[1][1]
+
+    def drop(self, gone: Callable[[Any], bool]) -> None:
+        """Let go of everything whose key is gone."""
+        with self._lock:
+            for key in [key for key in self._things if gone(key)]:
+                self.nbytes -= self._things.pop(key)[1]
 
 # %% ../notebooks/09_chat.ipynb #67c7db08
 NO_ADAPTER = "none"
@@ -203,17 +209,21 @@ class Sampling:
 def fit_turns(enc: tiktoken.Encoding, messages: Messages, n_ctx: int, room: int) -> tuple[list[int], int]:
     """The prompt's token ids, if need be without the oldest turns, and how many turns were left out.
 
-    A turn is a question with its reply; `room` of the n_ctx positions stay free for the next one. Raises ValueError
-    when not even the last message fits.
+    A turn is a question with its reply; `room` of the n_ctx positions stay free for the next one. What is too much is
+    rounded up to steps of n_ctx // 4, so that a growing conversation keeps its beginning, and a cache its use, for some
+    turns; the latest turn goes only if it does not fit. Raises ValueError when not even the last message fits, and
+    what `encode_prompt` raises.
     """
-    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    ids = encode_prompt(enc, messages)
+    starts = [0, *(i for i, token in enumerate(ids, start=1) if token == enc.eot_token)]  # every reply ends with one
+    too_many, step = len(ids) + room - n_ctx, max(1, n_ctx // 4)
+    leave_out = min(-(-too_many // step) * step, max([too_many, *starts[-2:-1]]))  # at most 0 if all fits
     for dropped, start in enumerate(starts):
-        ids = encode_prompt(enc, messages[start:])
-        if len(ids) + room <= n_ctx:
-            return ids, dropped
+        if start >= leave_out:
+            return ids[start:], dropped
     raise ValueError(
-        f"the message takes {len(ids)} tokens; {n_ctx - room} fit, as the model has n_ctx={n_ctx} positions "
-        f"and the reply needs {room} of them: please shorten it"
+        f"the message takes {len(ids) - starts[-1]} tokens; {n_ctx - room} fit, as the model has n_ctx={n_ctx} "
+        f"positions and the reply needs {room} of them: please shorten it"
     )
 
 # %% ../notebooks/09_chat.ipynb #097b4b99

@@ -91,17 +91,20 @@ def expect(page, what, seconds: float = 60) -> None:
 
 
 def set_new_tokens(page, n: int) -> None:
-    if not page.get_by_label("number input for New tokens").is_visible():
+    set_number(page, "New tokens", n)
+
+
+def set_number(page, name: str, n: int) -> None:
+    box, slider = page.get_by_label(f"number input for {name}"), page.get_by_label(f"range slider for {name}")
+    if not box.is_visible():
         page.get_by_text("Settings", exact=True).click()
-    box = page.get_by_label("number input for New tokens")
-    slider = page.get_by_label("range slider for New tokens")
     for _ in range(20):  # a page that is still being set up may put its own value back
         box.fill(str(n))
         box.press("Tab")
         page.wait_for_timeout(300)
         if slider.input_value() == box.input_value() == str(n):
             return
-    raise AssertionError(f"New tokens stays at {slider.input_value()}")
+    raise AssertionError(f"{name} stays at {slider.input_value()}")
 
 
 def still(models) -> bool:
@@ -374,6 +377,24 @@ def test_edit_undo_and_copy(page):
     expect(page, lambda p: said(p) == ["Changed", LETTERS[:4]])
 
 
+def test_what_the_model_no_longer_reads_is_marked(page):
+    set_new_tokens(page, 4)
+    for n in range(3):  # 173 of 512 positions each
+        assert page.locator("#talk .forgot").count() == page.locator("#talk .gone").count() == 0
+        send(page, f"{n}" + "x" * 149)
+        expect(page, lambda p, n=n: len(said(p)) == 2 * n + 2 and reply(p) == LETTERS[:4])
+        expect(page, lambda p: p.locator("#retry").is_enabled())
+    line = page.locator("#talk .forgot")
+    assert "no longer reads what is above" in line.inner_text() and line.is_visible()
+    assert page.locator("#talk .gone").count() == 2
+    above, below = "previousElementSibling", "nextElementSibling"
+    assert "assistant gone" in line.evaluate(f"e => e.{above}.className").replace("  ", " ")
+    assert line.evaluate(f"e => e.{below}.className").strip() == "user"
+    assert "left out the oldest turn" in page.locator("#status").inner_text()
+    page.locator("#clear").click()
+    expect(page, lambda p: said(p) == [] and line.count() == 0)
+
+
 def test_the_conversation_survives_a_reload_and_a_stop_and_ends_with_clear(page, served):
     set_new_tokens(page, 400)
     send(page, "Remember <me>")
@@ -503,6 +524,10 @@ def test_the_adapter_is_switched_off_and_on(page):
     page.get_by_label("capitals", exact=True).check()
     page.locator("#retry").click()
     expect(page, lambda p: reply(p) == "ABCDE")
+    expect(page, lambda p: p.locator("#retry").is_enabled())
+    set_number(page, "Its strength", 0)  # the base once more
+    page.locator("#retry").click()
+    expect(page, lambda p: reply(p) == "abcde")
 
 
 # --- everybody
@@ -582,12 +607,17 @@ def test_axe_finds_no_serious_fault(browser, served):
 
 def test_two_readers_at_once_do_not_meet(browser, served):
     pages = [watched(browser)[0] for _ in range(2)]
-    for n, page in enumerate(pages):
+    for page in pages:
         opened(page, served[0])
-        set_new_tokens(page, 30)
-        send(page, f"I am reader {n}")
+        set_new_tokens(page, 250)
     for n, page in enumerate(pages):
-        expect(page, lambda p: len(reply(p)) == 30)
+        send(page, f"I am reader {n}")
+    for page in pages:
+        expect(page, lambda p: len(reply(p)) > 5)
+    pages[0].locator("#stop").click()
+    pages[0].locator("#send").wait_for()
+    expect(pages[1], lambda p: reply(p) == (LETTERS * 10)[:250])
+    for n, page in enumerate(pages):
         talk = page.locator("#talk").inner_text()
         assert f"reader {n}" in talk and f"reader {1 - n}" not in talk
         page.context.close()

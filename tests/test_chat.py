@@ -265,15 +265,38 @@ def test_options_switch_filters_off_and_seed_the_generator():
 # --- conversations
 
 
-def test_the_oldest_turns_go_and_no_more_of_them_than_needed(tmp_path, seed):
+def test_the_oldest_turns_go_and_at_most_a_step_more_of_them_than_needed(tmp_path, seed):
     enc, rng = byte_encoding(tmp_path), torch.Generator().manual_seed(seed)
-    for _ in range(40):
+    for _ in range(60):
         n, room, n_ctx = (int(torch.randint(a, b, (1,), generator=rng)) for a, b in ((0, 12), (1, 60), (120, 400)))
         lengths = torch.randint(1, 40, (2 * n + 1,), generator=rng).tolist()
         talk = [{"role": ("user", "assistant")[i % 2], "content": "x" * k} for i, k in enumerate(lengths)]
         ids, dropped = fit_turns(enc, talk, n_ctx, room)
         assert ids == encode_prompt(enc, talk[2 * dropped :]) and len(ids) + room <= n_ctx
-        assert dropped == 0 or len(encode_prompt(enc, talk[2 * dropped - 2 :])) + room > n_ctx
+        sizes = [len(encode_prompt(enc, talk[2 * k :])) for k in range(n + 1)]
+        needed = next(k for k, size in enumerate(sizes) if size + room <= n_ctx)
+        assert dropped >= needed and (dropped > 0) == (needed > 0)
+        assert dropped == 0 or sizes[dropped - 1] + room > n_ctx - n_ctx // 4
+        assert dropped < n or needed == n  # the latest turn stays if it fits
+
+
+def test_a_growing_conversation_keeps_its_beginning_for_a_step(tmp_path, seed):
+    enc, n_ctx, room = byte_encoding(tmp_path), 800, 50
+    talk, gone = [], []
+    for _ in range(80):
+        talk += ask("x" * int(torch.randint(1, 9, ())))
+        gone.append(fit_turns(enc, talk, n_ctx, room)[1])
+        talk += [{"role": "assistant", "content": "y" * int(torch.randint(9, ()))}]
+    moves = sum(a != b for a, b in itertools.pairwise(gone))
+    too_many = len(encode_prompt(enc, talk[:-1])) + room - n_ctx
+    assert gone == sorted(gone) and moves == -(-too_many // (n_ctx // 4)) and 4 * moves <= gone[-1]
+
+
+def test_a_conversation_without_a_question_is_refused(tmp_path):
+    enc = byte_encoding(tmp_path)
+    for talk, says in (([], "0 messages"), ([{"role": "assistant", "content": "x"}], "role 'assistant'")):
+        with pytest.raises(ValueError, match=says):
+            fit_turns(enc, talk, 256, 64)
 
 
 def test_a_message_that_cannot_fit_is_refused_with_the_numbers(tmp_path):
@@ -363,6 +386,20 @@ def test_the_second_turn_reads_only_what_is_new(models, seed):
     *_, other = stream_reply(models.tuned, models.enc, ask("Good evening"), settings, cache)
     *_, fresh = stream_reply(models.tuned, models.enc, ask("Good evening"), settings)
     assert other.ids == fresh.ids and other.reused == len("User: Good ")  # what the two share, and nothing more
+
+
+def test_the_cache_still_helps_when_the_oldest_turns_go(models):
+    cache, settings = KVCache.for_model(models.tuned), Sampling(0, 0, 1, 1)
+    talk, most = [], []
+    for n in range(40):
+        talk += ask(f"{n % 10}")
+        *_, last = stream_reply(models.tuned, models.enc, talk, settings, cache)
+        *_, fresh = stream_reply(models.tuned, models.enc, talk, settings)
+        assert last.ids == fresh.ids
+        if last.dropped:
+            most.append(last.reused > last.prompt_tokens / 2)
+        talk += [{"role": "assistant", "content": last.text}]
+    assert len(most) > 20 and sum(most) >= len(most) / 2
 
 
 def test_a_cache_is_left_alone_where_the_settings_switch_caching_off(models):
@@ -589,6 +626,23 @@ def test_a_stopped_reply_leaves_a_conversation_that_goes_on(tmp_path):
         assert last(do.send("me", "More", history, *GREEDY))["history"][3]["content"].startswith("ABC")
 
 
+def test_what_is_no_longer_read_is_told_from_the_first_page_on(models):
+    history = [*ask("x" * 50), {"role": "assistant", "content": "y" * 50}] * 3
+    pages = list(ChatHandlers(models).send("me", "Go", history, *GREEDY))
+    gone = [sum(m.get("gone", False) for m in page["talk"]) for page in pages if "talk" in page]
+    assert len(gone) > 1 and set(gone) == {4} and "left out the 2 oldest turns" in last(pages)["status"]
+
+
+def test_half_a_character_becomes_a_question_mark_and_the_page_can_be_sent(models):
+    do = ChatHandlers(models)
+    page = last(do.send("me", "half \ud83d", [], *GREEDY))
+    assert page["history"][0]["content"] == "half ?"
+    refused = last(do.send("me", "\udfff" * 30_000, [], *GREEDY))
+    assert refused["box"] == "?" * 30_000 and "30,000 characters" in refused["status"]
+    for made in (page, refused, do.attention("\ud83d", 1, 0, "adapter", 1)):
+        json.dumps(made, ensure_ascii=False).encode("utf-8")
+
+
 def test_buttons_are_given_back_at_the_end_and_after_an_error(models):
     do = ChatHandlers(models)
     for pages, rest in ((do.send("me", "Hello", [], *GREEDY), 2), (do.send("me", "", [], *GREEDY), 0),
@@ -719,6 +773,26 @@ def test_the_second_turn_finds_the_first_in_its_sessions_cache_and_no_other_sess
     assert len(do.caches) == 3
 
 
+def test_an_edited_question_is_answered_as_if_the_old_one_had_never_been_asked(models):
+    do = ChatHandlers(models)
+    first = last(do.send("me", "Good morning", [], *GREEDY))["history"]
+    second = last(do.send("me", "What is it?", first, *GREEDY))["history"]
+    page = last(do.send("me", "What was it?", do.edit(second, 2)["history"], *GREEDY))
+    assert page["history"][3]["content"] == reply(models.tuned, models.enc, [*first, *ask("What was it?")], 40)
+    assert "prompt tokens in the cache" in page["status"]
+
+
+def test_a_session_that_ends_takes_its_caches_along_and_no_others(models):
+    do = ChatHandlers(models)
+    for who, strength in (("one", 1.0), ("one", 0.5), ("two", 1.0)):
+        last(do.send(who, "Hi", [], *GREEDY, 0, 1, "adapter", strength))
+    do.leave("nobody")
+    assert len(do.caches) == 3
+    do.leave("one")
+    assert list(do.caches._things) == [("two", "adapter", 1.0)]
+    assert do.caches.nbytes == KVCache.for_model(models.base).nbytes
+
+
 def test_caches_are_bounded_however_many_sessions_come(models):
     one = KVCache.for_model(models.base).nbytes
     do = ChatHandlers(models, cache_bytes=3 * one)
@@ -755,6 +829,7 @@ def test_what_the_browser_kept_comes_back_only_if_it_is_a_conversation(models):
         None, "x", 7, {"role": "user"}, [None], ["x"], [[user, said]], talk[::-1], [user, user], [said, said],
         [user, said | {"content": None}], [user | {"content": ["x"]}, said], [user | {"role": "system"}, said],
         [user, said | {"ids": [257]}], [user, said | {"ids": [-1]}], [user, said | {"ids": [True]}],
+        [user, said | {"ids": [1] * 1025}],
         [user, said | {"ids": "abc"}], [user, said | {"ids": {"a": 1}}], [user | {"content": "  "}, said],
     ]  # fmt: skip
     for bad in forged:

@@ -74,6 +74,8 @@ def test_every_command_takes_a_model():
     assert list(commands) == COMMANDS
     for p in commands.values():
         assert any("--model" in a.option_strings and a.default == "mini" for a in p._actions)
+    chat = build_parser().parse_args(["chat"])
+    assert (chat.port, chat.adapter, chat.browser) == (7860, "auto", False)
 
 
 # --- errors
