@@ -417,6 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
     p.add_argument("--openai", action="store_true", help="check OpenAI's own files of a gpt2 model, not the hub's")
     p.add_argument("--update", action="store_true", help="store what it computes now as its folder's goldens.json")
+    p.epilog = "exit codes: 0 all pass, 1 a check fails, 2 wrong options or input, 3 the weights are not to be had"
     return parser
 
 # %% ../notebooks/09_chat.ipynb #accbfe1a

@@ -55,7 +55,7 @@ def _progress(name: str, done: int, total: int | None, show: bool) -> Iterator[A
         yield bar.update
 
 # %% ../notebooks/01_tokenization.ipynb #4f225075
-def _attempt(url: str, part: Path, timeout: float, show: bool) -> None:
+def _attempt(url: str, part: Path, size: int | None, timeout: float, show: bool) -> None:
     """Fetch the rest of `url` into `part`. Raises FetchError where another attempt is of no use, OSError otherwise."""
     import requests
 
@@ -76,14 +76,23 @@ def _attempt(url: str, part: Path, timeout: float, show: bool) -> None:
             raise FetchError("a web page came instead of the file (a log-in page, perhaps, or a proxy)")
         if answer.status_code == 200:
             done = 0
-        size = answer.headers.get("Content-Length")
-        total = done + int(size) if size else None
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            part.unlink(missing_ok=True)
+            raise ConnectionError("the server sent another part of the file than the one asked for")
+        length = answer.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        limit = min(n for n in (size, total, float("inf")) if n is not None)
         with part.open("ab" if done else "wb") as f, _progress(part.stem, done, total, show) as more:
             for chunk in answer.iter_content(2**14):  # of a piece that is cut, nothing is kept
                 f.write(chunk)
                 more(len(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise ConnectionError(f"the line was cut after {part.stat().st_size:,} of {total:,} bytes")
+                if f.tell() > limit:
+                    break
+    if (reached := part.stat().st_size) > limit:
+        part.unlink()
+        raise FetchError(f"more than its {limit:,} bytes came")
+    if total is not None and reached != total:
+        raise ConnectionError(f"the line was cut after {reached:,} of {total:,} bytes")
 
 # %% ../notebooks/01_tokenization.ipynb #3082b889
 def _reason(error: OSError) -> str:
@@ -95,18 +104,17 @@ def _reason(error: OSError) -> str:
     return text or type(error).__name__
 
 
-def _complete(url: str, part: Path, tries: int, timeout: float, wait: float, show: bool) -> None:
-    """Attempts until the file is whole; `tries` of them in a row without a new byte are the end."""
-    idle = 0
+def _complete(url: str, part: Path, size: int | None, tries: int, timeout: float, wait: float, show: bool) -> None:
+    """Attempts until the file is whole; `tries` in a row that get no further than one before are the end."""
+    most, idle = part.stat().st_size if part.exists() else 0, 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
         try:
-            return _attempt(url, part, timeout, show)
+            return _attempt(url, part, size, timeout, show)
         except FetchError:
             raise
         except OSError as error:  # requests' own errors are among them
-            gained = part.exists() and part.stat().st_size > before
-            idle = 0 if gained else idle + 1
+            reached = part.stat().st_size if part.exists() else 0
+            most, idle = max(most, reached), 0 if reached > most else idle + 1
             if idle >= tries:
                 raise FetchError(_reason(error)) from error
             time.sleep(wait * 2**idle)
@@ -115,10 +123,10 @@ def _complete(url: str, part: Path, tries: int, timeout: float, wait: float, sho
 def _fetch_whole(url: str, path: Path, sha256: str | None, size: int | None, how: tuple) -> None:
     part = path.with_name(path.name + ".part")
     resumed = part.exists()
-    _complete(url, part, *how)
+    _complete(url, part, size, *how)
     if resumed and _problem(part, sha256, size):  # the old part may have been of another file
         part.unlink()
-        _complete(url, part, *how)
+        _complete(url, part, size, *how)
     if problem := _problem(part, sha256, size):
         part.unlink()
         raise FetchError(f"what arrived is not the file: {problem}")
@@ -139,7 +147,7 @@ def download(
     """The file at `path`, downloaded from `url` unless it is there with this SHA-256 and size (None: not known).
 
     An interrupted download is resumed, in this call or the next. `timeout` is in seconds without a byte; `tries`
-    attempts in a row may bring nothing, with growing pauses of about `wait` seconds. HF_HUB_OFFLINE=1 forbids it.
+    attempts in a row may get no further, with growing pauses of about `wait` seconds. HF_HUB_OFFLINE=1 forbids it.
     Raises FetchError, a ConnectionError; whatever was at `path` is replaced only by a file that passed every check.
     """
     if path.is_file() and not _problem(path, sha256, size):

@@ -119,12 +119,13 @@ def verify(
     """Compare a model, in float32, with what is known about it: number of parameters, file hash, ids, logits, padding.
 
     `known` None: `known_goldens` of the model, so GOLDENS for the official ones, and for a folder, `mini` too, what its
-    goldens.json says (`write_goldens` makes it). Weights that do not load strictly are a failed check.
+    goldens.json says (`write_goldens` makes it). Weights with another hash, or
+    that do not load strictly, are a failed check.
     Raises what `model_folder` raises: ValueError, FileNotFoundError, and FetchError when the weights cannot be had.
     """
-    folder = model_folder(name_or_folder)
     known = known_goldens(name_or_folder) if known is None else known
     try:
+        folder = model_folder(name_or_folder)
         model = load_pretrained(folder, device=device, dtype=torch.float32)
     except WeightsError as error:
         return [Check("loads strictly", "every tensor fits", str(error), "", False)]

@@ -124,10 +124,10 @@ def _fitting(
     """The parameters in `state`, in the order of the model's `shapes`, in the hub's layout; all but values checked."""
     given = _short_names(state)
     _check_names(set(given) - {"lm_head.weight"}, set(shapes))
-    given = _without_head(given)
     dtype = None if any_dtype else given["wte.weight"].dtype
     for name, shape in shapes.items():
         _check_kind(name, given[name], shape[::-1] if name.endswith(TRANSPOSED) else shape, dtype)
+    given = _without_head(given)  # it compares numbers, so their types come first
     return {name: given[name] for name in shapes}
 
 # %% ../notebooks/05_loading_weights.ipynb #a8ab082c
@@ -300,7 +300,7 @@ def load_pretrained(
     try:
         state = _load_all(_fitting(entries, _shapes(model), any_dtype=dtype is not None), device, dtype)
     except WeightsError as error:
-        file = next(iter(entries.values())).path
+        file = next((t.path for t in entries.values()), folder)
         raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]}, strict=True, assign=True)
     model.lm_head.weight = model.wte.weight  # assignment made two parameters of them: tie them again

@@ -21,6 +21,7 @@ class File:
     stalls: list[int] = field(default_factory=list)  # the k-th answer falls silent after so many bytes
     claim: int | None = None  # a Content-Length other than the truth
     ranges: bool = True  # whether it honours Range
+    grain: int = 1  # its ranges begin at a multiple of this
     to: str | None = None  # redirect
 
 
@@ -56,7 +57,7 @@ def serve() -> Iterator[Server]:
             server.requests.append((self.command, path, wanted))
             file = server.files.get(path, File(b"nothing here", 404, "text/plain"))
             found = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "") if file.ranges and file.status == 200 else None
-            start, size = int(found[1]) if found else 0, len(file.body)
+            start, size = int(found[1]) // file.grain * file.grain if found else 0, len(file.body)
             body = file.body[start:]
             beyond = found and start >= size
             self.send_response(302 if file.to else 416 if beyond else 206 if found else file.status)

@@ -95,6 +95,13 @@ def test_a_server_without_ranges_is_read_from_the_start(server, body, path):
     assert path.read_bytes() == body
 
 
+def test_a_part_that_was_not_asked_for_is_not_appended(server, body, path):
+    """There is neither a hash nor a size here that would tell afterwards."""
+    server.files["/f"] = File(body, cuts=[12 * K], grain=100_000)
+    assert download(f"{server.url}/f", path, **QUICK).read_bytes() == body
+    assert server.gets("/f") == [None, f"bytes={12 * K}-", None] and left(path) == {"file"}
+
+
 def test_a_redirect_is_followed(server, body, path):
     server.files |= {"/old": File(to="/f", status=302), "/f": File(body, cuts=[100_000])}
     download(f"{server.url}/old", path, sha256=sha(body), **QUICK)
@@ -128,6 +135,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(server, body, path):
         (File(b"<html>log in</html>"), "19 bytes instead of 700,000|SHA-256", 1),
         (File(bytes(700_000)), "SHA-256 is .* instead of", 1),
         (File(os.urandom(699_999)), "699,999 bytes instead of 700,000", 1),
+        (File(os.urandom(900_000)), "more than its 700,000 bytes came", 1),
         (File(os.urandom(700_000), claim=600_000), "600,000 bytes instead of 700,000", 1),
         (File(to="/nowhere", status=302), "404", 1),
     ],
@@ -150,6 +158,14 @@ def test_more_bytes_claimed_than_there_are(server, body, path):
     with pytest.raises(FetchError, match="the line is cut"):
         download(f"{server.url}/f", path, sha256=sha(body), size=len(body), **QUICK)
     assert left(path) == {"file.part"} and len(server.gets("/f")) > 3
+
+
+def test_a_server_that_never_gets_to_the_end_is_not_asked_for_ever(server, body, path):
+    """It knows no ranges, and its line is cut now later, now sooner: more than the attempt before is no progress."""
+    server.files["/f"] = File(body, cuts=[20 * K, 12 * K] * 20, ranges=False)
+    with pytest.raises(FetchError, match="the line is cut"):
+        download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert len(server.gets("/f")) == 4 and left(path) == {"file.part"}
 
 
 def test_nobody_there_is_said_soon(path):

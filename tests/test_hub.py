@@ -113,6 +113,9 @@ def test_wrong_bytes_from_the_hub_are_refused(server, folder, tmp_path, pin):
     done = elsewhere(code + LOAD, server, tmp_path / "hf")
     assert done.returncode == 1 and done.stdout == ""
     assert "WeightsError" in done.stderr and "SHA-256" in done.stderr and "delete" in done.stderr
+    code += "from minigpt_lib.cli import main\nsys.exit(main(['verify', 'gpt2', '--device', 'cpu']))"
+    done = elsewhere(code, server, tmp_path / "hf")  # a failed check, with its line in the table
+    assert done.returncode == 1 and "SHA-256" in done.stdout and "0 passed, 1 failed" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

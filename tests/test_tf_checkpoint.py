@@ -93,6 +93,15 @@ def test_the_model_from_tensorflows_checkpoint_has_every_number_in_its_place(mad
         assert torch.equal(state[ours], want.t() if ours.endswith(TRANSPOSED) else want), name
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read from Linux's /proc")
+def test_the_numbers_are_the_files_own_pages_and_no_copy(made):
+    model = load_pretrained(made)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = [line for line in lines if line.endswith(str(made / "model.ckpt.data-00000-of-00001"))]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    assert all(any(a <= p.data_ptr() < b for a, b in spans) for p in model.parameters())
+
+
 def test_flipping_any_one_byte_of_the_index_is_noticed(made, rng):
     path = made / "model.ckpt.index"
     content = path.read_bytes()

@@ -234,7 +234,13 @@ def poke(name: str, value: float):
     return lambda state: state[name].view(-1).__setitem__(-1, value)
 
 
+def eight_bits(state: dict) -> None:
+    for name in ("wte.weight", "lm_head.weight"):
+        state[name] = torch.ones(83, 20).to(torch.float8_e4m3fn)
+
+
 BAD_TENSORS = {
+    "a type that torch has and we do not": (eight_bits, ["wte.weight", "F8_E4M3"]),
     "missing": (lambda s: s.pop("h.1.ln_2.bias"), ["missing", "h.1.ln_2.bias"]),
     "missing embedding": (lambda s: s.pop("wte.weight"), ["missing", "wte.weight"]),
     "extra layer": (put("h.2.ln_1.weight", torch.ones(20)), ["unknown", "h.2.ln_1.weight"]),
@@ -267,6 +273,13 @@ def test_bad_tensors_are_refused_by_name(folder, case):
 def test_mixed_dtypes_load_when_a_cast_is_asked_for(folder):
     edit(folder, put("h.1.ln_1.bias", torch.ones(20).half()))
     assert {p.dtype for p in load_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def test_a_file_without_a_tensor_is_refused(folder):
+    save_file({}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"missing: h\.0") as caught:
+        load_pretrained(folder)
+    assert str(folder) in str(caught.value)
 
 
 # ---- what must be refused: files
