@@ -76,9 +76,15 @@ def cpp_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 # %% ../notebooks/06b_fast_decoding.ipynb #c7416d06
-def _check_request(model: GPTLanguageModel, weights: str | None, compile: bool) -> None:
+def _check_request(
+    model: GPTLanguageModel, weights: str | None, compile: bool, batch_size: int, rows: tuple[int, ...]
+) -> None:
     """Raise ValueError or RuntimeError, with a way out, if `FastGPT` can't be made of this."""
-    device = model.wpe.weight.device.type
+    device, n_ctx = model.wpe.weight.device.type, model.config.n_ctx
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if any(not 1 <= T <= n_ctx for T in rows):
+        raise ValueError(f"rows={rows} must be numbers of new tokens between 1 and n_ctx={n_ctx}")
     if weights not in (None, "bfloat16", "int8"):
         raise ValueError(f"weights={weights!r} must be None (the model's own), 'bfloat16' or 'int8'")
     if any(hasattr(m, "lora_A") and not getattr(m, "merged", False) for m in model.modules()):
@@ -234,7 +240,7 @@ class FastGPT(_DecodingGPT):
         batch_size: int = 1,
         rows: tuple[int, ...] = (1,),
     ):
-        _check_request(model, weights, compile)
+        _check_request(model, weights, compile, batch_size, rows)
         table = model.wpe.weight
         on_cpu = table.device.type == "cpu"
         if on_cpu:

@@ -27,7 +27,7 @@ def _check_mask(attention_mask: Tensor, idx: Tensor) -> None:
     """Raise ValueError unless the mask has idx's shape and each row is zeros (padding), then at least one 1."""
     if attention_mask.shape != idx.shape:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the prompt {tuple(idx.shape)}")
-    m = attention_mask.long()
+    m = attention_mask  # bool or numbers, and no other numbers than these two
     bad = ((m != 0) & (m != 1)).any(-1) | (m[:, -1] != 1) | (m[:, 1:] < m[:, :-1]).any(-1)  # (B,)
     if bad.any():
         raise ValueError(
@@ -240,7 +240,7 @@ def generate(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **option
     read again; afterwards it holds prompt and new tokens but the last, ready for the next turn.
     prefill_chunk: read the prompt in pieces of so many tokens, which takes less memory.
     beyond: what happens at n_ctx, the last learned position. "stop" warns at once if it will be reached and ends there;
-    "slide" forgets all but the last n_ctx // 2 tokens and goes on.
+    "slide" forgets all but the last n_ctx // 2 tokens and goes on. Padding counts towards n_ctx in both.
     Dropout is off inside and the training flags are restored. Raises ValueError for an empty prompt or one longer than
     n_ctx, ids outside the vocabulary, a mask or a cache that does not fit, and options out of range.
     """

@@ -97,9 +97,9 @@ def generate_lookup(
         while t < end:
             guess = propose(ids[0, :t], min(draft, end - t - 1), ngram)  # (g,)
             new = _verify(model, ids[:, :t], guess, cache)  # (1 to g + 1,)
-            passes, proposed, accepted = passes + 1, proposed + len(guess), accepted + len(new) - 1
-            ended = torch.isin(new, stops).nonzero()[:, 0]  # (stop tokens,)
+            agreed, ended = len(new) - 1, torch.isin(new, stops).nonzero()[:, 0]  # of the guess; (stop tokens,)
             new = new[: int(ended[0]) + 1] if len(ended) else new
+            passes, proposed, accepted = passes + 1, proposed + len(guess), accepted + min(agreed, len(new))
             ids[0, t : t + len(new)] = new
             t, end = t + len(new), end if not len(ended) else t
     return LookupResult(ids[:, :t], t - T, passes, proposed, accepted)

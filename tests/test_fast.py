@@ -12,6 +12,7 @@ from decoding import greedy_slow, pad, prompt, random_model
 from minigpt_lib.cache import KVCache
 from minigpt_lib.fast import FastGPT, bucket, cpp_compiler
 from minigpt_lib.generation import generate, stream
+from minigpt_lib.lookup import generate_lookup
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.packed import BLOCK, PackedLinear, quantize_int8
 
@@ -31,7 +32,7 @@ def fast() -> tuple[GPTLanguageModel, dict[str | None, FastGPT]]:
     """A random model and its compiled copies: compiling takes seconds, so it is done once."""
     torch.manual_seed(torch.seed() % 2**31)
     model = random_model(SMALL)
-    return model, {None: FastGPT(model, rows=(1, 4)), "int8": FastGPT(model, "int8")}
+    return model, {weights: FastGPT(model, weights, rows=(1,) if weights else (1, 4)) for weights in FORMS}
 
 
 def rounded(model: GPTLanguageModel, weights: str | None) -> GPTLanguageModel:
@@ -148,6 +149,11 @@ def test_sizes(model):
 def test_bad_requests(model):
     with pytest.raises(ValueError, match="weights='int4'.*'int8'"):
         FastGPT(model, "int4", compile=False)
+    with pytest.raises(ValueError, match="batch_size=0 .*at least 1"):
+        FastGPT(model, compile=False, batch_size=0)
+    for rows in ((1, 0), (65,)):
+        with pytest.raises(ValueError, match=r"rows=\(.*between 1 and n_ctx=64"):
+            FastGPT(model, rows=rows)
     model.h[0].attn.c_attn.lora_A = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="merge_lora"):
         FastGPT(model, compile=False)
@@ -166,7 +172,7 @@ def test_without_a_compiler_it_says_so_and_how_to_go_on(model, monkeypatch):
 
 
 @compiling
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", FORMS)
 def test_compiled_steps_agree_with_the_plain_model(fast, seed, weights):
     model, copies = fast
     idx = prompt(64)
@@ -220,21 +226,47 @@ def test_the_compiled_path_is_the_one_that_runs(fast, seed, monkeypatch):
 
 
 @compiling
-def test_a_compiled_batch_of_unequal_prompts(seed):
-    model = random_model(SMALL)
-    rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
-    batched = FastGPT(model, batch_size=12)  # more than a few rows: oneDNN's packed products
+def test_a_compiled_batch_of_unequal_prompts(seed, monkeypatch):
+    model, calls = random_model(SMALL), []
+    rows = [prompt(9), prompt(1), prompt(30), prompt(17)]
+    batched = FastGPT(model, batch_size=4)
+    run = batched._run[1]
+    monkeypatch.setitem(batched._run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
     idx, mask = pad(rows)
-    out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
     for row, alone in zip(out, rows, strict=True):
         assert torch.equal(row[30:], generate(model, alone, 25, temperature=0)[0, alone.size(1) :])
+    assert calls == [(4, 1)] * 24
 
 
-def test_an_uncompiled_batch_of_unequal_prompts(model):
+@compiling
+def test_prompt_lookup_through_compiled_steps(fast, seed, monkeypatch):
+    model, copies = fast
+    calls, run = [], copies[None]._run[4]
+    monkeypatch.setitem(copies[None]._run, 4, lambda *args: calls.append(args[0].shape) or run(*args))
+    idx = prompt(6).repeat(1, 3)  # something to find
+    got = generate_lookup(copies[None], idx, 40, draft=3)
+    assert torch.equal(got.ids, greedy_slow(model, idx, 40)) and calls and set(calls) == {(1, 4)}
+
+
+@compiling
+def test_compiling_again_finds_the_result_on_disk_and_changes_no_setting(fast, seed):
+    counters = torch._dynamo.utils.counters
+    before = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    configs = torch._dynamo.config, torch._inductor.config
+    settings = [config.get_config_copy() for config in configs]
+    FastGPT(random_model(SMALL))
+    assert [config.get_config_copy() for config in configs] == settings
+    assert counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > before
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=compiling)])
+def test_a_large_batch_of_unequal_prompts_runs_uncompiled(model, compile):
     """More than a few rows: the products go through oneDNN's packed matrices."""
     rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
-    batched = FastGPT(model, compile=False, batch_size=12)
-    assert batched.lm_head.weight.is_mkldnn
+    batched = FastGPT(model, compile=compile, batch_size=12)
+    assert batched.lm_head.weight.is_mkldnn and not batched._run
     idx, mask = pad(rows)
     with torch.no_grad():
         want, got = model(idx, attention_mask=mask)[0], batched(idx, attention_mask=mask)[0]

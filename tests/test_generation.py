@@ -7,6 +7,7 @@ import warnings
 import pytest
 import tiktoken
 import torch
+import torch.nn.functional as F
 import transformers
 from decoding import CONFIG, greedy_slow, pad, prompt, random_model, twin_of
 from transformers import GPT2LMHeadModel
@@ -67,6 +68,26 @@ def test_greedy_tokens_at_gpt2s_shape(gpt2_shape, T, new):
         idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert torch.equal(cached, theirs) and len(set(cached[0, T:].tolist())) > 1
+
+
+def test_ragged_reset_and_truncated_at_gpt2s_shape(gpt2_shape):
+    """One batch of unequal prompts; then each row alone, through one cache that is reset and cut back in between."""
+    model, oracle = gpt2_shape
+    rows = [torch.randint(0, 50257, (1, T)) for T in (31, 1, 12)]
+    idx, mask = pad(rows)
+    batch = generate(model, idx, 4, temperature=0, attention_mask=mask)
+    theirs = oracle.generate(
+        idx, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(batch, theirs)
+    cache = KVCache.for_model(model, max_len=40)
+    for row, together in zip(rows, batch, strict=True):
+        T = row.size(1)
+        cache.reset()
+        alone = generate(model, row, 4, temperature=0, kv_cache=cache)
+        assert torch.equal(alone[0, T:], together[31:])
+        cache.truncate(T // 2)
+        assert torch.equal(generate(model, row, 4, temperature=0, kv_cache=cache), alone)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -178,14 +199,17 @@ def test_a_stop_token_in_the_prompt_stops_nothing(model):
 # ---- the end of the context
 
 
-def slide_slow(model: GPTLanguageModel, idx: torch.Tensor, n: int) -> torch.Tensor:
+def slide_slow(model: GPTLanguageModel, idx: torch.Tensor, n: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The rule in words: when the window is full and another token must be read, keep its last half."""
     n_ctx, start = model.config.n_ctx, 0
+    mask = torch.ones_like(idx) if mask is None else mask
     for _ in range(n):
         if idx.size(1) - start > n_ctx:
             start = idx.size(1) - n_ctx // 2
         with torch.no_grad():
-            idx = torch.cat([idx, model(idx[:, start:])[0][:, -1:].argmax(-1)], dim=1)  # (B, T + 1)
+            logits, _ = model(idx[:, start:], attention_mask=mask[:, start:])  # (B, S, V)
+        idx = torch.cat([idx, logits[:, -1:].argmax(-1)], dim=1)  # (B, T + 1)
+        mask = F.pad(mask, (0, 1), value=1)
     return idx
 
 
@@ -205,7 +229,7 @@ def test_slide_of_a_ragged_batch(model):
     assert torch.equal(
         cached, generate(model, idx, 90, temperature=0, beyond="slide", attention_mask=mask, use_cache=False)
     )
-    assert cached.shape == (2, 140)
+    assert cached.shape == (2, 140) and torch.equal(cached, slide_slow(model, idx, 90, mask))
 
 
 @pytest.mark.parametrize(("T", "left"), [(60, 4), (64, 0)])
@@ -373,6 +397,8 @@ def test_other_bad_requests(model):
         ([[0, 1, 0, 1], [1, 1, 1, 1]], "row 0.*left"),
         ([[1, 1, 1, 1], [0, 0, 0, 0]], "row 1.*at least one 1"),
         ([[1, 1, 1, 1], [2, 2, 2, 2]], "row 1"),
+        ([[1, 1, 1, 1], [0.5, 1, 1, 1]], "row 1"),  # neither padding nor a token, and no 0 either
+        ([[float("-inf"), 0, 0, 0], [0, 0, 0, 0]], "row 0"),  # what others add to the scores
     ],
 )
 def test_bad_masks(model, mask, words):

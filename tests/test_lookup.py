@@ -46,7 +46,7 @@ def test_tokens_are_those_of_greedy_decoding(model, parrot, T, draft):
         new = min(40, 64 - T)
         got = generate_lookup(m, idx, new, draft=draft)
         assert torch.equal(got.ids, generate(m, idx, new, temperature=0)) and got.new == new
-        assert 0 <= got.accepted <= got.proposed and got.accepted + got.passes >= got.new
+        assert got.accepted <= got.proposed and got.accepted + got.passes == got.new
 
 
 def test_guesses_that_come_true_save_passes(parrot):
@@ -56,6 +56,7 @@ def test_guesses_that_come_true_save_passes(parrot):
     got = generate_lookup(parrot, idx, 61, draft=5)
     assert torch.equal(got.ids, free)
     assert got.passes == len(fed) - 1 < 61 and got.acceptance > 0
+    assert got.proposed == sum(fed[1:]) - got.passes and got.accepted == 61 - got.passes
     assert got.tokens_per_pass == 61 / got.passes and max(fed) <= 6
 
 
@@ -66,6 +67,13 @@ def test_a_stop_token_ends_it_also_inside_a_guess(parrot, place):
     stop = int(free[0, 4 + place])
     want = generate(parrot, idx, 30, temperature=0, stop_ids=[stop])
     assert torch.equal(generate_lookup(parrot, idx, 30, stop_ids=[stop]).ids, want)
+
+
+def test_guesses_behind_the_stop_token_are_not_counted(parrot):
+    idx = generate(parrot, prompt(4), 50, temperature=0)  # in its loop: the guesses come true
+    stop = int(generate(parrot, idx, 1, temperature=0)[0, -1])
+    got = generate_lookup(parrot, idx, 8, stop_ids=[stop])
+    assert got.new == got.passes == 1 and got.accepted <= 1
 
 
 def test_own_cache_goes_on_in_the_next_turn(parrot):

@@ -150,11 +150,13 @@ def test_importing_everything_prints_nothing_changes_nothing_and_loads_nothing_h
     code = f"""
 import os, random, signal, sys, threading, warnings
 import numpy, torch, tiktoken, safetensors.torch, torch.utils.checkpoint, logging
+import torch._dynamo.config, torch._inductor.config
 def state():
     return {{
         "dtype": torch.get_default_dtype(), "device": torch.get_default_device(), "grad": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul": torch.get_float32_matmul_precision(), "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "dynamo": torch._dynamo.config.get_config_copy(), "inductor": torch._inductor.config.get_config_copy(),
         "cudnn": torch.backends.cudnn.benchmark, "print": str(torch._tensor_str.PRINT_OPTS),
         "seed": torch.initial_seed(),
         "torch rng": torch.get_rng_state().sum().item(), "numpy rng": str(numpy.random.get_state()[1][:4]),
