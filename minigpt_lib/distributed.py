@@ -6,6 +6,7 @@ __all__ = ['Ranks', 'current_ranks', 'process_group', 'all_sum', 'own_rows', 'pa
 # %% ../notebooks/04_pretraining.ipynb #03cca2e3
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ def process_group(device: torch.device | None = None) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        time.sleep(0.1)  # gloo's threads outlive the group; one that still holds a tensor at exit would abort Python
         dist.destroy_process_group()
 
 # %% ../notebooks/04_pretraining.ipynb #8225eda3
