@@ -310,7 +310,7 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
         changes["warmup"] = int(recipe.warmup * args.steps)
     return recipe, recipe.train_config(records, full=args.full, **changes)
 
-
+# %% ../notebooks/09_chat.ipynb #f40a1800
 def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
     """The records to learn and those to measure the loss on, as --data, --val, --clean and --limit say."""
     from minigpt_lib.records import clean_records, fetch_alpaca, load_records, read_records, split_records

@@ -70,7 +70,7 @@ def fetch(name: str, *, timeout: float = 6) -> Path:
     check_sha256(weights, sha256)
     return weights.parent
 
-
+# %% ../notebooks/05_loading_weights.ipynb #4b951ec8
 def _reach(url: str, timeout: float) -> None:
     """Fail soon where the hub cannot be reached: its own client would try again for half a minute."""
     from huggingface_hub.utils import get_session
