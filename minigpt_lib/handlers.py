@@ -65,15 +65,20 @@ def checked_message(message: Any) -> str:
 def checked_history(stored: Any, vocab_size: int) -> list[dict]:
     """A conversation that a browser kept, or [] where it is none: turns of user and assistant, all text."""
     turns = stored if isinstance(stored, list) else []
-    for n, message in enumerate(turns):
-        role, ids = ("user", "assistant")[n % 2], message.get("ids", []) if isinstance(message, dict) else None
-        if not isinstance(ids, list) or message.get("role") != role or not isinstance(message.get("content"), str):
-            return []
-        if len(ids) > LIMITS["max_new_tokens"][1] or not (n % 2 or message["content"].strip()):
-            return []
-        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-            return []
-    return bounded([{k: m[k] for k in ("role", "content", "ids") if k in m} for m in turns[: len(turns) // 2 * 2]])
+    if not all(isinstance(m, dict) and _sound(m, n, vocab_size) for n, m in enumerate(turns)):
+        return []
+    keys = ("role", "content", "ids", "dropped")
+    return bounded([{k: m[k] for k in keys if k in m} for m in turns[: len(turns) // 2 * 2]])
+
+
+def _sound(message: dict, n: int, vocab_size: int) -> bool:
+    """Can this be message n of a conversation? `ids` are a reply's tokens, `dropped` the turns not read for it."""
+    text, ids, dropped = message.get("content"), message.get("ids", []), message.get("dropped", 0)
+    if message.get("role") != ("user", "assistant")[n % 2] or not isinstance(text, str) or not (n % 2 or text.strip()):
+        return False
+    if not isinstance(ids, list) or len(ids) > LIMITS["max_new_tokens"][1]:
+        return False
+    return type(dropped) is int and 0 <= dropped <= n // 2 and all(type(i) is int and 0 <= i < vocab_size for i in ids)
 
 # %% ../notebooks/09_chat.ipynb #6e67011a
 def bounded(history: list[dict]) -> list[dict]:
@@ -82,7 +87,8 @@ def bounded(history: list[dict]) -> list[dict]:
     while len(history) - start > 2 and chars > HISTORY_CHARS:
         chars -= sum(len(m["content"]) for m in history[start : start + 2])
         start += 2
-    return history[start:]
+    kept = history[start:]
+    return [m | {"dropped": max(0, m["dropped"] - start // 2)} if "dropped" in m else m for m in kept]
 
 # %% ../notebooks/09_chat.ipynb #270c139d
 class _Handlers:
@@ -131,8 +137,8 @@ class _Writing(_Handlers):
         asked = bounded(asked)
         with self.cache(session, want) as cache:
             replies = stream_reply(want.model, self.models.enc, asked, want.sampling, cache)
-            history = [*asked, {"role": "assistant", "content": ""}]
-            talk = conversation(history, busy=True, dropped=self.read(asked, want)[1])
+            history = [*asked, {"role": "assistant", "content": "", "dropped": self.read(asked, want)[1]}]
+            talk = conversation(history, busy=True)
             yield page | {"talk": talk, "history": history, "stored": history, "choices": "", "idle": None}
             for reply in paced(replies):
                 yield self.written(asked, reply, want)
@@ -144,8 +150,9 @@ class _Writing(_Handlers):
 
     def written(self, asked: list[dict], reply: Reply, want: Wanted) -> Page:
         """The page with a reply as far as it is written."""
-        history = [*asked, {"role": "assistant", "content": reply.text, "ids": list(reply.ids)}]
-        talk = conversation(history, busy=not reply.finish, dropped=reply.dropped)
+        made = {"role": "assistant", "content": reply.text, "ids": list(reply.ids), "dropped": reply.dropped}
+        history = [*asked, made]
+        talk = conversation(history, busy=not reply.finish)
         page = {"talk": talk, "history": history, "status": status_line(reply, want.sampling.use_cache)}
         if want.watch:
             step = reply.step
@@ -258,12 +265,22 @@ class ChatHandlers(_Looking):
             same = replace(want.sampling, seed=seed)
             runs = {name: paced(stream_reply(model, self.models.enc, asked, same))
                     for name, model in (("base", self.models.base), ("tuned", want.model))}
-            cards = dict.fromkeys(runs, '<div class="answer"></div>')
+            titles = {"base": "Base model", "tuned": self.title(want)}
+            cards = {name: answer_card(title) for name, title in titles.items()}
             yield cards | {"status": "", "idle": None}
             for replies in itertools.zip_longest(*runs.values()):
                 new = dict(zip(runs, replies, strict=True))
-                cards |= {name: answer_card(r, same.use_cache) for name, r in new.items() if r}
+                cards |= {name: answer_card(titles[name], r, same.use_cache) for name, r in new.items() if r}
                 yield dict(cards)
             yield cards | {"status": "", "idle": 0}
         except ValueError as error:
             yield {"status": notice(f"{error}"), "idle": 0}
+
+    def title(self, want: Wanted) -> str:
+        """What stands over the reply of the model that the settings choose."""
+        adapter, strength = want.name
+        if want.model is self.models.base:
+            why = "the settings leave the adapter out" if self.models.adapters else "no adapter is loaded"
+            return f"The base model again: {why}"
+        name = "the adapter" if len(self.models.adapters) == 1 else f"the adapter {adapter}"
+        return f"With {name}" if strength == 1 else f"With {name} at strength {strength:g}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .chat import LIMITS, NO_ADAPTER, STRENGTH, ChatModels, Sampling
+from .pages import answer_card
 
 # %% ../notebooks/09_chat.ipynb #36b7acdb
 TALK_JS = """
@@ -55,12 +56,12 @@ draw();
 """
 
 # %% ../notebooks/09_chat.ipynb #75f8884d
-def conversation(messages: Sequence[dict], *, busy: bool = False, dropped: int = 0) -> list[dict]:
-    """Messages as TALK_JS draws them. The last is still being written if `busy`; the model no longer reads the first
-    `dropped` turns of them, and a line on the page says so.
+def conversation(messages: Sequence[dict], *, busy: bool = False) -> list[dict]:
+    """Messages as TALK_JS draws them. The last is still being written if `busy`; the oldest turns, as many as its
+    `dropped` says, were no longer read for it, and a line on the page says so.
     """
     drawn = [{"role": m["role"], "content": m["content"]} for m in messages]
-    for message in drawn[: 2 * dropped]:
+    for message in drawn[: 2 * messages[-1].get("dropped", 0)] if messages else ():
         message["gone"] = True
     if busy and drawn:
         drawn[-1]["busy"] = True
@@ -252,7 +253,9 @@ def _go(gr: Any, name: str, go: str, stop: str) -> tuple[Any, Any]:
 def chat_tab(storage: str) -> dict[str, Any]:
     """The conversation and its buttons; `storage` is the name under which the browser keeps it."""
     gr = need_gradio()
-    part = {"history": gr.State([]), "stored": gr.BrowserState([], storage_key=storage, secret="minigpt")}
+    stored = gr.BrowserState([], storage_key=storage, secret="minigpt")
+    stored.get_config = lambda: gr.BrowserState.get_config(stored) | {"label": "History"}  # its name in the API
+    part = {"history": gr.State([]), "stored": stored}
     part["talk"] = gr.HTML([], html_template="", js_on_load=TALK_JS, elem_id="talk", label="Conversation")
     part["status"] = gr.HTML("", elem_id="status", elem_classes="tells", label="Cost")
     with gr.Row(elem_id="examples") as part["examples"]:
@@ -276,12 +279,11 @@ def compare_tab(models: ChatModels) -> dict[str, Any]:
         part = {"box": gr.Textbox(EXAMPLES[1], label="One prompt for both", elem_id="prompt", **_LINE)}
         part["send"], part["stop"] = _go(gr, "Answer", "ask", "stop-both")
     part["status"] = gr.HTML("", elem_id="both-status", elem_classes="tells", label="Notice")
-    tuned = "With the adapter" if models.adapters else "No adapter is loaded: the same model again"
+    tuned = "With the adapter" if models.adapters else "The base model again: no adapter is loaded"
     with gr.Row():
-        for name, label in (("base", "Base model"), ("tuned", tuned)):
+        for name, title in (("base", "Base model"), ("tuned", tuned)):
             with gr.Column(min_width=280):
-                gr.HTML(f'<p class="side">{label}</p>')
-                part[name] = gr.HTML('<div class="answer"></div>', elem_id=name, label=label)
+                part[name] = gr.HTML(answer_card(title), elem_id=name, label=f"{name.title()} model")
     return part
 
 # %% ../notebooks/09_chat.ipynb #152e96d3
@@ -308,8 +310,9 @@ def attention_tab(models: ChatModels) -> dict[str, Any]:
                                              label="All heads", apply_default_css=False)
     with gr.Row():
         whole = {"step": 1, "precision": 0, "min_width": 140}
-        part["layer"] = gr.Slider(1, max(2, config.n_layer), 1, label="Layer", elem_id="layer", **whole)
-        part["head"] = gr.Slider(0, config.n_head, 0, label="Head (0: mean)", elem_id="head", **whole)
+        part["layer"] = gr.Slider(1, max(2, config.n_layer), 1, label="Layer", info="1 is the first", elem_id="layer",
+                                  **whole)
+        part["head"] = gr.Slider(0, config.n_head, 0, label="Head", info="0 is their mean", elem_id="head", **whole)
     part["map"] = gr.HTML("", elem_id="map", label="One head", apply_default_css=False)
     return part
 

@@ -53,9 +53,12 @@ def notice(text: str) -> str:
     return f'<p class="status notice" role="alert">{html.escape(text)}</p>'
 
 # %% ../notebooks/09_chat.ipynb #97494160
-def answer_card(reply: Reply, cache: bool = True) -> str:
-    """A reply with its status line, as HTML."""
-    return f'<div class="answer">{html.escape(reply.text) or "…"}</div>{status_line(reply, cache)}'
+def answer_card(title: str, reply: Reply | None = None, cache: bool = True) -> str:
+    """A reply under its title, with its status line, as HTML; without a reply an empty frame."""
+    head = f'<p class="side">{html.escape(title)}</p>'
+    if reply is None:
+        return f'{head}<div class="answer"></div>'
+    return f'{head}<div class="answer">{html.escape(reply.text) or "…"}</div>{status_line(reply, cache)}'
 
 # %% ../notebooks/09_chat.ipynb #8aff77ea
 def _bar(p: float) -> str:

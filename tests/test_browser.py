@@ -391,6 +391,12 @@ def test_what_the_model_no_longer_reads_is_marked(page):
     assert "assistant gone" in line.evaluate(f"e => e.{above}.className").replace("  ", " ")
     assert line.evaluate(f"e => e.{below}.className").strip() == "user"
     assert "left out the oldest turn" in page.locator("#status").inner_text()
+    send(page, "")  # refused
+    page.locator("#status .notice").wait_for()
+    assert line.is_visible() and page.locator("#talk .gone").count() == 2
+    page.wait_for_function("Object.values(localStorage).length > 0")
+    page.reload()
+    expect(page, lambda p: len(said(p)) == 6 and line.is_visible() and p.locator("#talk .gone").count() == 2)
     page.locator("#clear").click()
     expect(page, lambda p: said(p) == [] and line.count() == 0)
 
@@ -501,7 +507,7 @@ def test_a_head_is_chosen_among_all_by_mouse_by_keyboard_and_by_number(browser, 
         weights = maps[layer - 1, head - 1] if head else maps[layer - 1].mean(0)
         wanted = [f"{100 * weights[t, s]:.1f} %" for t in range(3) for s in range(t + 1)]
         titles = page.locator("#map td[title]").evaluate_all("all => all.map(e => e.title.split(': ').pop())")
-        numbers = [page.get_by_label(f"number input for {n}").input_value() for n in ("Layer", "Head (0: mean)")]
+        numbers = [page.get_by_label(f"number input for {n}").input_value() for n in ("Layer", "Head")]
         return titles == wanted and numbers == [f"{layer}", f"{head}"]
 
     expect(page, lambda p: drawn(1, 0))

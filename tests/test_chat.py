@@ -515,7 +515,7 @@ def test_nothing_that_was_written_becomes_html(models):
     *_, last = stream_reply(models.base, models.enc, ask("Hi"), Sampling(0, max_new_tokens=3))
     evil = '<img src=x onerror="alert(1)">&'
     found = choices(models.base, [1], list(evil.encode()))
-    for made in (notice(evil), answer_card(replace(last, text=evil))):
+    for made in (notice(evil), answer_card(evil, replace(last, text=evil)), answer_card(evil)):
         assert "<img" not in made and "&lt;img" in made
     for made in (odds(found[0], models.enc), token_strip(found, models.enc)):
         parts = {"table", "thead", "tbody", "tr", "th", "td", "code", "span", "div", "p", "input", "label"}
@@ -527,7 +527,8 @@ def test_nothing_that_was_written_becomes_html(models):
 def test_a_conversation_tells_the_page_what_is_busy_and_what_is_no_longer_read():
     talk = [*ask("a"), {"role": "assistant", "content": "b", "ids": [1]}, *ask("c")]
     assert conversation(talk) == [{"role": m["role"], "content": m["content"]} for m in talk]
-    drawn = conversation(talk, busy=True, dropped=1)
+    assert conversation([]) == []
+    drawn = conversation([*talk[:2], {"role": "assistant", "content": "d", "dropped": 1}], busy=True)
     assert [m.get("gone", False) for m in drawn] == [True, True, False]
     assert [m.get("busy", False) for m in drawn] == [False, False, True]
 
@@ -629,8 +630,35 @@ def test_a_stopped_reply_leaves_a_conversation_that_goes_on(tmp_path):
 def test_what_is_no_longer_read_is_told_from_the_first_page_on(models):
     history = [*ask("x" * 50), {"role": "assistant", "content": "y" * 50}] * 3
     pages = list(ChatHandlers(models).send("me", "Go", history, *GREEDY))
-    gone = [sum(m.get("gone", False) for m in page["talk"]) for page in pages if "talk" in page]
+    gone = [marked(page) for page in pages if "talk" in page]
     assert len(gone) > 1 and set(gone) == {4} and "left out the 2 oldest turns" in last(pages)["status"]
+
+
+def marked(page: dict) -> int:
+    """How many messages the page shows as no longer read."""
+    return sum(m.get("gone", False) for m in page["talk"])
+
+
+def test_what_is_no_longer_read_stays_marked_after_a_stop_a_reload_an_undo_and_a_refusal(models):
+    do, turn = ChatHandlers(models), [*ask("x" * 50), {"role": "assistant", "content": "y" * 50}]
+    work = do.send("me", "Go", turn * 3, *GREEDY)
+    begun = [next(work)["history"], next(work)["history"]]
+    work.close()
+    for history in (*begun, last(do.send("me", "Go", turn * 3, *GREEDY))["history"]):
+        kept = do.stopped(history)["stored"]
+        refused = last(do.send("me", " ", history, *GREEDY))
+        pages = [do.stopped(history), do.restore(json.loads(json.dumps(kept))), refused]
+        assert [marked(page) for page in pages] == [4, 4, 4]
+        assert marked(do.undo(history)) == marked(do.edit(history, 2)) == 0
+    further = last(do.send("me", "On", history, *GREEDY))["history"]
+    assert marked(do.stopped(further)) > 4 == marked(do.undo(further))
+
+
+def test_turns_that_are_forgotten_altogether_do_not_count_as_marked(models):
+    talk = [*ask("x" * 9_000), {"role": "assistant", "content": "y" * 9_000, "dropped": 4}] * 7
+    kept = bounded(talk)
+    assert len(kept) == 10 and {m["dropped"] for m in kept if "dropped" in m} == {2}  # two turns of seven went
+    assert {m["dropped"] for m in bounded(talk * 2)[1::2]} == {0}
 
 
 def test_half_a_character_becomes_a_question_mark_and_the_page_can_be_sent(models):
@@ -705,7 +733,7 @@ def test_side_by_side_gives_both_models_the_same_prompt_settings_and_seed(models
     sampled = (1.2, 0, 1, 30, True, "")
     twins = ChatModels("same", models.base, {"same": models.base}, models.enc)  # the same model twice: the same answer
     page = last(ChatHandlers(twins).compare("me", "Hello", *sampled))
-    left, right = (page[name].split("<p class")[0] for name in ("base", "tuned"))
+    left, right = (page[name][page[name].index("<div") :].split("<p class")[0] for name in ("base", "tuned"))
     assert left == right and "answer" in left
     final = last(ChatHandlers(models).compare("me", "Hello", *GREEDY))
     for name, model in (("base", models.base), ("tuned", models.tuned)):
@@ -713,6 +741,22 @@ def test_side_by_side_gives_both_models_the_same_prompt_settings_and_seed(models
     assert final["base"] != final["tuned"]
     halved = last(ChatHandlers(models).compare("me", "Hello", *GREEDY, 0, 1, "adapter", 0.5))
     assert html.escape(reply(models.at("adapter", 0.5), models.enc, "Hello", 40)) in halved["tuned"]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "adapter", "strength", "title"),
+    [(("one",), "one", 1.0, "With the adapter"), (("one",), "one", 0.5, "With the adapter at strength 0.5"),
+     (("one",), "none", 1.0, "The base model again: the settings leave the adapter out"),
+     (("one",), "one", 0, "The base model again: the settings leave the adapter out"),
+     ((), "none", 1.0, "The base model again: no adapter is loaded"),
+     (("one", "two"), "two", 1.0, "With the adapter two")],
+)  # fmt: skip
+def test_side_by_side_says_which_model_answered(models, adapters, adapter, strength, title):
+    some = ChatModels("some", models.base, dict.fromkeys(adapters, models.tuned), models.enc)
+    pages = [p for p in ChatHandlers(some).compare("me", "Hi", *GREEDY, 0, 1, adapter, strength) if "tuned" in p]
+    assert len(pages) > 1
+    for page in pages:
+        assert f'<p class="side">{title}</p>' in page["tuned"] and '<p class="side">Base model</p>' in page["base"]
 
 
 def test_attention_shows_one_head_or_the_mean_of_all(models):
@@ -829,7 +873,8 @@ def test_what_the_browser_kept_comes_back_only_if_it_is_a_conversation(models):
         None, "x", 7, {"role": "user"}, [None], ["x"], [[user, said]], talk[::-1], [user, user], [said, said],
         [user, said | {"content": None}], [user | {"content": ["x"]}, said], [user | {"role": "system"}, said],
         [user, said | {"ids": [257]}], [user, said | {"ids": [-1]}], [user, said | {"ids": [True]}],
-        [user, said | {"ids": [1] * 1025}],
+        [user, said | {"ids": [1] * 1025}], [user, said | {"dropped": 1}], [user, said | {"dropped": -1}],
+        [user, said, user, said | {"dropped": True}], [user, said, user, said | {"dropped": "1"}],
         [user, said | {"ids": "abc"}], [user, said | {"ids": {"a": 1}}], [user | {"content": "  "}, said],
     ]  # fmt: skip
     for bad in forged:

@@ -82,6 +82,8 @@ NAMED = {  # the whole API: each parameter with its default, in this order
                    "strength": 1},
 }  # fmt: skip
 NAMED["/retry"] = {name: value for name, value in NAMED["/chat"].items() if name != "message"}
+TALK = ["Message", "Conversation", "Cost", "Tokens", "History"]
+RETURNS = {"/side_by_side": ["Notice", "Base model", "Tuned model"], "/attention": ["One head", "All heads"]}
 NAMED["/side_by_side"] = NAMED["/chat"] | {"message": "What is the capital of Norway?"}
 
 
@@ -95,6 +97,7 @@ def test_every_endpoint_has_a_name_a_description_and_named_parameters_with_defau
             ["message"] if name == "/chat" else []
         )
         assert about["description"].endswith(".")
+        assert [r["label"] for r in about["returns"]] == RETURNS.get(name, TALK)
         kinds = {p["parameter_name"]: p["python_type"]["type"] for p in about["parameters"]}
         for parameter, kind in kinds.items():
             if parameter in ("top_k", "max_new_tokens", "layer", "head"):
