@@ -48,7 +48,8 @@ def progress_bar(
     """Yields a function that takes each step's record and moves a tqdm bar on stderr (nothing if not `show`).
 
     The bar has loss, tokens per second, time left and, if `cost` is given, the share of the device's peak that is used:
-    cost is `flops_per_token` / `measured_peak`. Raises ImportError where tqdm is not installed.
+    cost is `flops_per_token` / `measured_peak`. A step that beats this peak shows that something else was running when
+    it was measured: the share is one of the fastest step from then on. Raises ImportError where tqdm is not installed.
     """
     if not show:
         yield lambda record: None
@@ -58,11 +59,15 @@ def progress_bar(
     except ImportError as error:
         hint = 'pip install "minigpt-lib[course]", or progress=False'
         raise ImportError(f"the progress bar needs tqdm: {hint}") from error
+    most = 1.0  # peaks: what has been reached, if it is more than one
     with tqdm(total=steps, initial=start, unit="step", ncols=100, mininterval=2.0) as bar:
 
         def update(record: StepRecord) -> None:
-            speed = record["tokens_per_s"]
-            share = f", {speed * cost:.0%} of peak" if cost is not None else ""
+            nonlocal most
+            speed, share = record["tokens_per_s"], ""
+            if cost is not None:
+                most = max(most, speed * cost)
+                share = f", {speed * cost / most:.0%} of {'peak' if most == 1 else 'fastest step'}"
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s{share}", refresh=False)
             bar.update()
             if "sample" in record:

@@ -84,6 +84,18 @@ def test_the_bar_shows_the_share_of_the_peak_and_samples(capsys):
     assert "step 1: Once upon a time" in shown
 
 
+def test_a_peak_that_a_step_beats_is_not_a_peak(monkeypatch):
+    """However busy the machine was when the peak was measured, no share is above one, and its measure is named."""
+    import tqdm
+
+    shown = []
+    monkeypatch.setattr(tqdm.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text.split("s, ")[-1]))
+    with progress_bar(0, 5, cost=1 / 1000) as show:
+        for speed in (500.0, 1000.0, 1600.0, 1000.0, 2000.0, 500.0):
+            show({"step": 0, "loss": 2.0, "tokens_per_s": speed})
+    assert shown == ["50% of peak", "100% of peak", *(f"{n}% of fastest step" for n in (100, 62, 100, 25))]
+
+
 def test_samples_come_with_the_evaluations_and_change_nothing(tmp_path, byte_encoding, seed):
     model = build(seed, vocab_size=257, dropout=0.2)
     windows = windows_of(seed)
