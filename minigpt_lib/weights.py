@@ -27,6 +27,8 @@ from minigpt_lib.tensor_files import (
     FLOATS,
     StoredTensor,
     WeightsError,
+    all_finite,
+    can_map,
     check_finite,
     map_file,
     pieces,
@@ -278,10 +280,13 @@ def _load_all(
 ) -> dict[str, Tensor]:
     """The parameters behind `entries`, every value looked at; the four matrices are transposed views."""
     files = {path: map_file(path) for path in {t.path for t in entries.values()}}
-    only_read = device is None and all(t.crc is None and dtype in (None, t.dtype) for t in entries.values())
-    with ThreadPoolExecutor(1 if only_read else min(4, os.cpu_count() or 1)) as pool:
-        tensors = pool.map(lambda t: t.load(device, dtype, files[t.path]), entries.values())
-        return {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in zip(entries, tensors, strict=True)}
+    mapped = all(t.crc is None and can_map(t.dtype, device, dtype) for t in entries.values())
+    if mapped and all_finite(entries.values(), files):
+        tensors = [t.stored(files[t.path]).view(t.shape) for t in entries.values()]
+    else:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            tensors = list(pool.map(lambda t: t.load(device, dtype, files[t.path]), entries.values()))
+    return {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in zip(entries, tensors, strict=True)}
 
 # %% ../notebooks/05_loading_weights.ipynb #ee82a1ed
 def load_pretrained(

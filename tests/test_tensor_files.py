@@ -14,7 +14,9 @@ from minigpt_lib.model import GPTConfig
 from minigpt_lib.tensor_files import (
     StoredTensor,
     WeightsError,
+    all_finite,
     check_finite,
+    map_file,
     pieces,
     safetensors_entries,
     write_safetensors,
@@ -139,6 +141,24 @@ def test_one_bad_value_among_many_is_found(tmp_path, seed, dtype, bad):
     t[int(torch.randint(len(t), ()))] = bad
     with pytest.raises(WeightsError, match="t holds 1 values"):
         check_finite("t", t)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_in_any_tensor_of_a_plain_file_is_found(tmp_path, seed, bad):
+    """Tensors of several types and lengths, of which some are asked for; what lies between them does not count."""
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float32, torch.float32]
+    tensors = {f"t{i}": torch.randn(int(torch.randint(1, 50_000, ())), dtype=dtype) for i, dtype in enumerate(dtypes)}
+    tensors["bytes"] = torch.zeros(3, dtype=torch.uint8)
+    for name in [name for name in tensors if name != "bytes"]:
+        place = int(torch.randint(len(tensors[name]), ()))
+        good, tensors[name][place] = tensors[name][place].clone(), bad
+        save_file(tensors, tmp_path / "model.safetensors")
+        entries = safetensors_entries(tmp_path)
+        files = {t.path: map_file(t.path) for t in entries.values()}
+        asked = [t for t in entries.values() if t.name != "bytes"]
+        assert not all_finite(asked, files)
+        assert all_finite([t for t in asked if t.name != name], files)
+        tensors[name][place] = good
 
 
 # --- shards

@@ -223,6 +223,17 @@ def test_prefix_mask_buffers_and_equal_head_are_accepted(folder):
     assert all(torch.equal(t, want[name]) for name, t in load_pretrained(folder).state_dict().items())
 
 
+def test_values_whose_sum_is_not_finite_load_all_the_same(folder):
+    """Large numbers are allowed, and the mask buffers may hold minus infinity."""
+
+    def large(state: dict) -> None:
+        state["wpe.weight"].fill_(torch.finfo(torch.float32).max)
+        state["h.0.attn.masked_bias"] = torch.tensor(-float("inf"))
+
+    edit(folder, large)
+    assert load_pretrained(folder).wpe.weight.min() == torch.finfo(torch.float32).max
+
+
 # ---- what must be refused: tensors
 
 
