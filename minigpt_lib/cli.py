@@ -34,16 +34,22 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int | Non
     return p
 
 # %% ../notebooks/09_chat.ipynb #2b1c67ac
-def _add_training(p: _Parser, **defaults: Any) -> None:
-    texts = {"steps": "updates", "batch-size": "rows in a batch", "lr": "highest learning rate", "seed": "a number"}
+def _add_training(p: _Parser, checkpoint_every: int, **defaults: Any) -> None:
+    texts = {"steps": "updates", "batch-size": "rows in a batch", "lr": "highest learning rate",
+             "seed": "of the random numbers"}
     for name, text in texts.items():
         kind, value = float if name == "lr" else int, defaults.get(name.replace("-", "_"))
+        text += "" if value is not None else " (default: by the model's size)"
         p.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=text)
     choices = ("fp32", "bf16", "fp16", "auto")
     p.add_argument("--precision", default="fp32", choices=choices, help="all but fp32 are autocast")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--compile", action="store_true", help="translate the blocks first: for long runs")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    p.set_defaults(checkpoint_every=checkpoint_every)
+    p.epilog = (f"Ctrl-C ends a run after the update it is at, and saves that; otherwise a checkpoint is saved every "
+                f"{checkpoint_every} updates, so that a killed run loses at most those. The same command with --resume "
+                "goes on. exit codes: 0 done, 2 wrong options or input, 130 stopped with Ctrl-C")
 
 # %% ../notebooks/09_chat.ipynb #ed0df556
 def _out_folder(out: str, resume: bool) -> Path:
@@ -162,8 +168,8 @@ def run_pretrain(args: argparse.Namespace) -> None:
     window = args.window or min(512, config.n_ctx)
     warmup, every = min(args.warmup, args.steps // 10), max(1, args.steps // 20)
     cfg = TrainConfig(args.steps, args.batch_size, args.accumulate, args.lr, args.lr / 20, warmup, eval_every=every,
-                      precision=args.precision, checkpoint_every=200, seed=args.seed, compile=args.compile,
-                      gradient_checkpointing=args.gradient_checkpointing)  # fmt: skip
+                      precision=args.precision, checkpoint_every=args.checkpoint_every, seed=args.seed,
+                      compile=args.compile, gradient_checkpointing=args.gradient_checkpointing)  # fmt: skip
     tokens = None if corpus[0].suffix == ".tokens" else out / "train.tokens"
     model, history = pretrain(corpus[0] if len(corpus) == 1 else corpus, enc, cfg, config=None if start else config,
                               start=start, window=window, heldout=heldout, folder=out, resume=args.resume,
@@ -302,8 +308,8 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
     given = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipe_for(config)
     recipe = replace(recipe, **{k: given[k] for k in ("r", "alpha", "epochs", "batch_size", "max_len") if k in given})
-    fields = ("steps", "lr", "seed", "precision", "compile", "gradient_checkpointing")
-    changes = {k: given[k] for k in fields if k in given} | {"checkpoint_every": 100}
+    fields = ("steps", "lr", "seed", "precision", "compile", "gradient_checkpointing", "checkpoint_every")
+    changes = {k: given[k] for k in fields if k in given}
     if args.lr:
         changes["min_lr"] = args.lr / 10
     if args.steps:
@@ -403,7 +409,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", nargs="+", metavar="TEXT", help=f"{texts} (default: the course's corpus)")
     p.add_argument("--heldout", metavar="FILE", help="text to measure the loss on (default: heldout.txt beside --data)")
     p.add_argument("--out", default="runs/base", metavar="FOLDER", help="where the model goes")
-    _add_training(p, steps=4400, batch_size=4, lr=2e-3, seed=0)
+    _add_training(p, 200, steps=4400, batch_size=4, lr=2e-3, seed=0)
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per update")
     p.add_argument("--prompt", metavar="TEXT", help="text to continue as the run goes")
     p.add_argument("--window", type=int, metavar="N", help="tokens per row (default: 512, or all positions)")
@@ -453,7 +459,7 @@ def _finetune_options(p: _Parser) -> None:
     for name, text in {"r": "rank", "alpha": "strength", "epochs": "passes", "max-len": "tokens per record"}.items():
         kind = float if name == "alpha" else int
         p.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} (default: by the model's size)")
-    _add_training(p, seed=0)
+    _add_training(p, 100, seed=0)
 
 # %% ../notebooks/09_chat.ipynb #55722ab4
 def main(argv: Sequence[str] | None = None) -> int:
@@ -472,7 +478,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\nminigpt: {str(stop).replace('resume=True', '--resume') or 'stopped'}\n")
+        what, saved, _ = str(stop).partition(": go on with ")  # as `train` says it in Python
+        how = ": the same command with --resume goes on" if saved else ""
+        sys.stderr.write(f"\nminigpt: {what or 'stopped'}{how}\n")
         return 130
     except BrokenPipeError:  # whoever read our output, `head` for example, has enough
         sys.stdout = None

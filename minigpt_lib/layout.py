@@ -310,9 +310,9 @@ def attention_tab(models: ChatModels) -> dict[str, Any]:
                                              label="All heads", apply_default_css=False)
     with gr.Row():
         whole = {"step": 1, "precision": 0, "min_width": 140}
-        part["layer"] = gr.Slider(1, max(2, config.n_layer), 1, label="Layer", info="1 is the first", elem_id="layer",
+        part["layer"] = gr.Slider(1, max(2, config.n_layer), 1, label="Layer", info="1: first", elem_id="layer",
                                   **whole)
-        part["head"] = gr.Slider(0, config.n_head, 0, label="Head", info="0 is their mean", elem_id="head", **whole)
+        part["head"] = gr.Slider(0, config.n_head, 0, label="Head", info="0: mean", elem_id="head", **whole)
     part["map"] = gr.HTML("", elem_id="map", label="One head", apply_default_css=False)
     return part
 

@@ -52,6 +52,13 @@ def test_help_lists_every_option_with_its_default(command, capsys):
     assert "None" not in text and "SUPPRESS" not in text
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_help_says_what_becomes_of_a_run_that_is_killed(command, capsys):
+    assert run(command, "--help") == 0
+    shown, every = " ".join(capsys.readouterr().out.split()), build_parser().parse_args([command]).checkpoint_every
+    assert f"checkpoint is saved every {every} updates" in shown and "same command with --resume" in shown
+
+
 def test_help_and_errors_do_not_wait_for_torch():
     loaded = "print([m for m in ('torch', 'gradio', 'numpy') if m in sys.modules])"
     code = f"import sys, minigpt_lib.cli as c\ntry: c.main(sys.argv[1:])\nfinally: {loaded}"
@@ -149,11 +156,12 @@ def test_ctrl_c_is_not_a_traceback(folder, capsys, monkeypatch):
     import minigpt_lib.cli as cli
 
     def interrupted(args):
-        raise KeyboardInterrupt("stopped after 3 of 9 steps; saved x: go on with resume=True")
+        raise KeyboardInterrupt("stopped after 3 of 9 steps: go on with folder='runs/base', resume=True")
 
     monkeypatch.setattr(cli, "run_generate", interrupted)
     assert run("generate", "Hi") == 130
-    assert "go on with --resume" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown == "\nminigpt: stopped after 3 of 9 steps: the same command with --resume goes on\n"
 
 
 # --- generate
@@ -377,7 +385,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(folder, tmp_
 
     monkeypatch.setattr(training, "train_step", stopping)
     assert run(*words, "--out", "parts") == 130
-    assert "--resume" in capsys.readouterr().err and list(Path("parts").glob("checkpoint-*.pt"))
+    shown = capsys.readouterr().err
+    assert "--resume goes on" in shown and "folder=" not in shown and list(Path("parts").glob("checkpoint-*.pt"))
     monkeypatch.setattr(training, "train_step", step)
     assert run(*words, "--out", "parts") == 2 and "add --resume" in capsys.readouterr().err
     assert run(*words, "--out", "parts", "--resume") == 0
