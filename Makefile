@@ -10,7 +10,7 @@ CHECK  := MINIGPT_MODEL=mini MINIGPT_DEVICE=cpu GRADIO_ANALYTICS_ENABLED=False
 .PHONY: help lab test chat export notebooks lint check data clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z]+):[^#]*## */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '  make %-10s %s\n' "$$name" "$$about"; done
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python {v} is too old: 3.11 or newer is needed. Name one with: make PYTHON=python3.12 ...")'

@@ -60,7 +60,7 @@ def progress_bar(
         hint = 'pip install "minigpt-lib[course]", or progress=False'
         raise ImportError(f"the progress bar needs tqdm: {hint}") from error
     most = 1.0  # peaks: what has been reached, if it is more than one
-    with tqdm(total=steps, initial=start, unit="step", ncols=100, mininterval=2.0) as bar:
+    with tqdm(total=steps, initial=start, unit="step", ncols=94, mininterval=2.0) as bar:
 
         def update(record: StepRecord) -> None:
             nonlocal most

@@ -57,6 +57,14 @@ def test_links_lead_somewhere(document):
     assert not [link for link in local if not ((ROOT / document).parent / link).exists()]
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_help_says_all_that_the_makefile_says_of_its_targets():
+    about = re.findall(r"^([a-z]+):[^#]*## (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert [line.split(maxsplit=2) for line in told.splitlines()] == [["make", *words] for words in about]
+    assert len(about) >= 10
+
+
 def test_the_library_is_what_the_notebooks_export(tmp_path):
     passing = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in ("notebooks", "minigpt_lib", "tools"):
