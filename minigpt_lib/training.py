@@ -252,7 +252,8 @@ def _goes_on(resume: bool | str, folder: str | Path | None, device: torch.device
 def _cost(model: GPTLanguageModel, batch: Batch, cfg: TrainConfig) -> float:
     device = model.wte.weight.device
     peak = current_ranks().world * measured_peak(device, amp_dtype(cfg.precision, device))
-    return flops_per_token(model, batch[0].size(1)) / peak
+    counted = count_targets(batch[1]) / batch[1].numel()  # as in the first batch, so in the others, roughly
+    return flops_per_token(model, batch[0].size(1), counted) / peak
 
 
 def _looks(

@@ -22,11 +22,15 @@ StepRecord = dict[str, float | str]  # step, loss, lr, grad_norm, tokens_per_s; 
 History = list[StepRecord]
 
 # %% ../notebooks/04_pretraining.ipynb #517670dd
-def flops_per_token(model: GPTLanguageModel, T: int) -> float:
-    """Operations a token for forward and backward pass at row length T (Chowdhery et al. 2022, appendix B)."""
-    c = model.config
+def flops_per_token(model: GPTLanguageModel, T: int, counted: float = 1.0) -> float:
+    """Operations a token for forward and backward pass at row length T (Chowdhery et al. 2022, appendix B).
+
+    `counted` is the share of positions whose target is not -100: `SummedLoss` multiplies those alone with the head.
+    """
+    c, head = model.config, model.wte.weight
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "wpe.weight"]
-    return sum((6 if p.requires_grad else 4) * p.numel() for p in matrices) + 12 * c.n_layer * c.n_embd * T
+    left_out = (1 - counted) * (6 if head.requires_grad else 4) * head.numel()
+    return sum((6 if p.requires_grad else 4) * p.numel() for p in matrices) - left_out + 12 * c.n_layer * c.n_embd * T
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype | None = None, repeats: int = 5) -> float:

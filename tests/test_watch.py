@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import batch_of, build, flat, windows_of
 
-from minigpt_lib.loss import evaluate_loss
+from minigpt_lib.loss import SummedLoss, evaluate_loss
 from minigpt_lib.optimization import TrainConfig, lr_at
 from minigpt_lib.training import train
 from minigpt_lib.watch import (
@@ -69,6 +69,35 @@ def test_flops_equal_what_pytorch_counts(seed):
         with FlopCounterMode(display=False) as counter:
             model(idx, targets)[1].backward()
         assert counter.get_total_flops() == B * T * flops_per_token(model, T), f"frozen {frozen}"
+
+
+@pytest.mark.parametrize("counted", [1.0, 0.75, 0.25])
+def test_flops_leave_out_the_head_where_no_target_counts(seed, counted):
+    """A masked prompt costs no product with the head, so a tuning's share of the peak must not count one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    B, T = 3, 12
+    idx, targets = batch_of(seed, B)
+    targets[:, : round((1 - counted) * T)] = -100
+    for frozen in (False, True):
+        model = build(seed)
+        for block in model.h:
+            block.attn.fused = False
+        model.wte.weight.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            SummedLoss(model)(idx, targets).backward()
+        unseen = 0 if frozen else 2 * int((targets != -100).sum()) * model.wte.weight.numel()  # addmm_ is not counted
+        assert counter.get_total_flops() + unseen == B * T * flops_per_token(model, T, counted), f"frozen {frozen}"
+
+
+def test_the_share_of_the_peak_counts_the_head_for_replies_alone(seed, monkeypatch):
+    import minigpt_lib.training as training
+
+    monkeypatch.setattr(training, "measured_peak", lambda device, dtype: 2.0)
+    model, (idx, targets) = build(seed), batch_of(seed, 2)
+    targets[:, : idx.size(1) // 2] = -100
+    cost = training._cost(model, (idx, targets), TrainConfig(steps=1))
+    assert cost == flops_per_token(model, idx.size(1), 0.5) / 2 < flops_per_token(model, idx.size(1)) / 2
 
 
 def test_the_peak_is_one_that_a_matrix_product_reaches():
