@@ -7,9 +7,11 @@ __all__ = ['HUB', 'OPENAI', 'check_sha256', 'fetch', 'openai_cache', 'fetch_open
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from .download import FetchError, download, offline, openai_url
+from .files import write_atomically
 from .tensor_files import WeightsError
 
 # %% ../notebooks/05_loading_weights.ipynb #47a7aada
@@ -67,7 +69,7 @@ def fetch(name: str, *, timeout: float = 6) -> Path:
                 "config.json and model.safetensors, or with OpenAI's files, instead of the name"
             ) from error
     weights = Path(files[1])
-    check_sha256(weights, sha256)
+    check_sha256(weights, sha256 or _stated_sha256(repo, revision, weights, timeout))
     return weights.parent
 
 # %% ../notebooks/05_loading_weights.ipynb #4b951ec8
@@ -82,6 +84,21 @@ def _reach(url: str, timeout: float) -> None:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+# %% ../notebooks/05_loading_weights.ipynb #df1bab38
+def _stated_sha256(repo: str, revision: str, weights: Path, timeout: float) -> str | None:
+    """What the hub states for a file that is no link to its hash, asked once and kept beside it; None: not known."""
+    note = weights.with_name(weights.name + ".sha256")
+    if weights.is_symlink() or (offline() and not note.is_file()):
+        return None
+    if not note.is_file():
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        with suppress(Exception):  # the hub's own, the HTTP library's and the system's errors: then it is not known
+            stated = get_hf_file_metadata(hf_hub_url(repo, weights.name, revision=revision), timeout=timeout).etag
+            if re.fullmatch(r"[0-9a-f]{64}", stated or ""):
+                write_atomically(note, lambda path: path.write_text(stated, "utf-8"))
+    return note.read_text("utf-8") if note.is_file() else None
 
 # %% ../notebooks/05_loading_weights.ipynb #7bad0e6c
 OPENAI = {  # name: (folder on OpenAI's server, parameters, MD5 of the numbers where one source states it)

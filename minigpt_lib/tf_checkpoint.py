@@ -20,6 +20,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     while True:
         value |= (data[at] & 127) << shift
         if data[at] < 128:
+            if shift and not data[at]:  # the same number in more bytes than it takes: no writer does that
+                raise WeightsError("a number ends in a byte that is not needed")
             return value, at + 1
         at, shift = at + 1, shift + 7
 

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,11 +58,23 @@ class _Unfilled(TorchFunctionMode):
 def _skeleton(config: GPTConfig) -> GPTLanguageModel:
     """The model without memory: its parameters have a shape, but no numbers (PyTorch's meta device)."""
     with torch.device("meta"), _Unfilled():
-        return GPTLanguageModel(config)
+        model = GPTLanguageModel(replace(config, n_layer=1))
+    model.config = config
+    model.h.extend([_twin(model.h[0]) for _ in range(config.n_layer - 1)])
+    return model
+
+
+def _twin(module: torch.nn.Module) -> torch.nn.Module:
+    """A module of the same make with tables of its own, in which the same parameters stand until others are put in."""
+    twin = copy(module)
+    vars(twin).update({key: table.copy() for key, table in vars(module).items() if isinstance(table, (dict, set))})
+    twin._modules.update({name: _twin(child) for name, child in module.named_children()})
+    return twin
 
 
 def _shapes(model: GPTLanguageModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}  # names the tied head once, as wte.weight
+    every = model.named_parameters(remove_duplicate=False)  # twins share theirs
+    return {name: tuple(p.shape) for name, p in every if name != "lm_head.weight"}
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -268,8 +281,14 @@ def config_from_openai(path: Path) -> GPTConfig:
         raise WeightsError(f"{path} is not GPT-2's hparams.json: {error!r}") from error
 
 
+_SAVED = ".saved"  # inside a model's folder: a complete save whose files do not have their places yet
+
+
 def _open_folder(folder: Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
     """The config and the tensors of a folder: config.json and safetensors, or hparams.json and model.ckpt."""
+    if (folder / _SAVED).is_dir():
+        raise WeightsError(f"{folder}: a save was interrupted while its files, all complete, got their places, so old "
+                           f"and new ones may be mixed: move what is in {folder / _SAVED} up and remove it")
     if (folder / "hparams.json").is_file() and not (folder / "config.json").is_file():
         return config_from_openai(folder / "hparams.json"), from_openai_names(read_bundle(folder / "model.ckpt"))
     return read_config(folder / "config.json"), safetensors_entries(folder)
@@ -315,11 +334,19 @@ def load_pretrained(
 def _write_all(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
     """Write each file under a temporary name in `folder`, and only when all are complete give them their names."""
     folder.mkdir(parents=True, exist_ok=True)
+    _put_in_place(folder)  # what an interrupted save left
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as tmp:
         for name, write in writers.items():
             write(Path(tmp) / name)
-        for name in writers:
-            os.replace(Path(tmp) / name, folder / name)
+        os.replace(tmp, folder / _SAVED)
+    _put_in_place(folder)
+
+
+def _put_in_place(folder: Path) -> None:
+    if (folder / _SAVED).is_dir():
+        for path in (folder / _SAVED).iterdir():
+            os.replace(path, folder / path.name)
+        (folder / _SAVED).rmdir()
 
 # %% ../notebooks/05_loading_weights.ipynb #0aa1dcb3
 def _plain_state(model: GPTLanguageModel) -> dict[str, Tensor]:
@@ -333,8 +360,9 @@ def _plain_state(model: GPTLanguageModel) -> dict[str, Tensor]:
 def save_pretrained(model: GPTLanguageModel, folder: str | Path, enc: tiktoken.Encoding | None = None) -> Path:
     """Write config.json and model.safetensors in the Hugging Face GPT-2 layout, and tokenizer.tiktoken if enc is given.
 
-    Transformers and `load_pretrained` both read the folder. The files get their names only when all are complete, so
-    an interrupted save leaves what was there before. Returns the folder.
+    Transformers and `load_pretrained` both read the folder. A save that fails or is killed leaves what was there before
+    or, killed in the moment in which the complete files get their places, a folder that `load_pretrained` refuses and
+    the next save mends; Transformers does not know of that. Returns the folder.
     Raises WeightsError for unmerged LoRA, an untied head, values that are not finite, or an enc with more tokens.
     """
     state, config = _plain_state(model), model.config

@@ -188,6 +188,39 @@ def test_large_files_are_checked_against_the_name_the_cache_gives_them(folder, m
         check_sha256(folder / "config.json", "0" * 64)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_the_content_is_checked_where_the_cache_has_no_links(server, folder, tmp_path, name):
+    """Without links the cache does not say the hash: it is our own pin, or what the hub stated at the download."""
+    path, digest = publish(server, folder, name)
+    code = (pinned(digest) if name == "gpt2" else "") + LOAD.replace("gpt2", name)
+    first = elsewhere(code, server, tmp_path / "hf", HF_HUB_DISABLE_SYMLINKS="1")
+    assert first.returncode == 0, first.stderr
+    (file,) = (tmp_path / "hf").rglob("model.safetensors")
+    assert not file.is_symlink()
+    offline = {"HF_HUB_DISABLE_SYMLINKS": "1", "HF_HUB_OFFLINE": "1"}
+    assert elsewhere(code, None, tmp_path / "hf", **offline).stdout == first.stdout
+    raw = bytearray(file.read_bytes())
+    raw[8] ^= 8  # "{" becomes "s"
+    file.write_bytes(raw)
+    flipped = elsewhere(code, None, tmp_path / "hf", **offline)
+    assert flipped.returncode == 1 and "SHA-256" in flipped.stderr and digest in flipped.stderr, flipped.stderr
+
+
+def test_a_cache_that_was_filled_by_others_asks_for_the_hash_once(server, folder, tmp_path):
+    path, digest = publish(server, folder, "gpt2-medium")
+    code, no_links = LOAD.replace("gpt2", "gpt2-medium"), {"HF_HUB_DISABLE_SYMLINKS": "1"}
+    assert elsewhere(code, server, tmp_path / "hf", **no_links).returncode == 0
+    (note,) = (tmp_path / "hf").rglob("*.sha256")
+    note.unlink()
+    asked = len(server.requests)
+    for _ in range(2):
+        assert elsewhere(code, server, tmp_path / "hf", **no_links).returncode == 0
+    assert len(server.requests) == asked + 1 and len(server.gets(path)) == 1 and note.read_text() == digest
+    note.write_text("0" * 64)
+    refused = elsewhere(code, None, tmp_path / "hf", **no_links)
+    assert refused.returncode == 1 and "0" * 64 in refused.stderr
+
+
 def test_without_the_hub_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"minigpt-lib\[course\]"):

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,6 +237,34 @@ def test_values_whose_sum_is_not_finite_load_all_the_same(folder):
     assert load_pretrained(folder).wpe.weight.min() == torch.finfo(torch.float32).max
 
 
+# ---- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loading onto a GPU needs CUDA")
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plain", [True, False])
+def test_weights_go_straight_to_the_gpu(folder, dtype, plain):
+    """From a file with checksums and from one without: the same numbers as a cast of those that the CPU loads."""
+    want = load_pretrained(folder).state_dict()
+    if plain:
+        edit(folder, lambda state: None)
+    model = load_pretrained(folder, device="cuda", dtype=dtype)
+    assert all(p.is_cuda for p in model.parameters()) and model.lm_head.weight is model.wte.weight
+    for name, t in model.state_dict().items():
+        assert t.dtype == (dtype or torch.float32) and torch.equal(t.cpu(), want[name].to(t.dtype)), name
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]], device="cuda"))[0]).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loading onto a GPU needs CUDA")
+@pytest.mark.parametrize("bad", [float("nan"), 1e6])
+def test_values_that_are_not_finite_on_the_gpu_are_refused(folder, bad):
+    """1e6 is a number in the file, and infinite in float16."""
+    edit(folder, poke("h.1.attn.c_proj.weight", bad))
+    with pytest.raises(WeightsError, match="h.1.attn.c_proj.weight holds 1 values"):
+        load_pretrained(folder, device="cuda", dtype=torch.float16)
+
+
 # ---- what must be refused: tensors
 
 
@@ -431,6 +462,48 @@ def test_a_crash_while_saving_leaves_the_old_model(folder, monkeypatch, step):
     monkeypatch.undo()
     assert files_in(folder) == before
     load_pretrained(folder)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_kill_at_any_rename_leaves_one_model_or_a_folder_that_is_refused(tmp_path, seed, killed_at, new):
+    """Config, weights and tokenizer of two saves are never mixed; the shapes are equal, so only n_head would differ."""
+    old, fresh = random_model(), random_model(replace(CONFIG, n_head=4))
+    folder = tmp_path / "model"
+    if not new:
+        save_pretrained(old, folder)
+    save_pretrained(fresh, tmp_path / "fresh")
+    code = (
+        "import os, sys\nfrom minigpt_lib.weights import load_pretrained, save_pretrained\n"
+        "model, count, real = load_pretrained(sys.argv[1]), [0], os.replace\n"
+        "def replace(*args):\n"
+        "    count[0] += 1\n"
+        f"    os._exit(9) if count[0] == {killed_at} else real(*args)\n"
+        "os.replace = replace\nsave_pretrained(model, sys.argv[2])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "fresh"), str(folder)])
+    assert run.returncode == (9 if killed_at < 4 else 0)  # three renames: all files together, then each of the two
+    if killed_at == 1 and new:
+        with pytest.raises(FileNotFoundError):
+            load_pretrained(folder)
+    elif killed_at in (2, 3):
+        with pytest.raises(WeightsError, match="interrupted.*saved"):
+            load_pretrained(folder)
+        for path in (folder / ".saved").iterdir():  # what the message says
+            path.rename(folder / path.name)
+        (folder / ".saved").rmdir()
+    if not (killed_at == 1 and new):
+        want = old if killed_at == 1 else fresh
+        found = load_pretrained(folder)
+        assert found.config == want.config
+        assert all(torch.equal(t, want.state_dict()[name]) for name, t in found.state_dict().items())
+
+
+def test_the_next_save_mends_an_interrupted_one(folder):
+    (folder / ".saved").mkdir()
+    (folder / "config.json").rename(folder / ".saved" / "config.json")
+    save_pretrained(model := random_model(), folder)
+    assert torch.equal(load_pretrained(folder).wte.weight, model.wte.weight) and not (folder / ".saved").exists()
 
 
 def test_a_crash_while_saving_into_a_new_folder_leaves_no_model(tmp_path, seed, monkeypatch):
