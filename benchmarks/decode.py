@@ -29,6 +29,8 @@ from minigpt_lib.fast import FastGPT
 from minigpt_lib.generation import generate
 from minigpt_lib.lookup import generate_lookup
 from minigpt_lib.model import PRESETS, GPTConfig, GPTLanguageModel
+from minigpt_lib.native import NativeGPT
+from minigpt_lib.packed import FEW
 from minigpt_lib.tokenizer import load_tokenizer
 from minigpt_lib.weights import load_pretrained
 
@@ -37,11 +39,11 @@ LENGTHS = (32, 64, 128, 256, 512, 900)
 KINDS = {"float32": None, "bfloat16": "bfloat16", "int8": "int8"}  # what this library calls them
 TARGETS = {  # ratio of tokens per second, unless said otherwise: at least
     "packed float32 / transformers float32": 1.3,
-    "compiled float32 / ctranslate2 float32": 1.2,
-    "compiled float32 / llama.cpp float32": 1.2,
-    "compiled float32 / memory bound": 0.8,
-    "compiled bfloat16 / llama.cpp bfloat16": 1.0,
-    "compiled int8 / llama.cpp int8": 1.0,
+    "C++ float32 / ctranslate2 float32": 1.2,
+    "C++ float32 / llama.cpp float32": 1.2,
+    "C++ float32 / memory bound": 0.8,
+    "C++ bfloat16 / llama.cpp bfloat16": 1.0,
+    "C++ int8 / llama.cpp int8": 1.0,
 }
 
 
@@ -134,7 +136,8 @@ def build(group: str, args: argparse.Namespace) -> tuple[dict[str, Callable[[int
     if group == "minigpt":
         ours = {"packed float32": FastGPT(model, compile=False)}
         ours |= {f"compiled {kind}": FastGPT(model, weights) for kind, weights in KINDS.items()}
-        seconds = {name: round(m.compile_seconds, 1) for name, m in ours.items() if m.compile_seconds}
+        ours |= {f"C++ {kind}": NativeGPT(model, weights) for kind, weights in KINDS.items()}
+        seconds = {name: round(m.compile_seconds, 1) for name, m in ours.items() if m.compile_seconds > 0.05}
         run = {name: lambda new, m=m: generate(m, idx, new, temperature=0)[0, len(prompt) :].tolist()
                for name, m in ours.items()}  # fmt: skip
     elif group == "transformers":
@@ -195,7 +198,8 @@ def single_ratios(
     seconds: dict[str, list[float]], around: dict[str, list[float]], new: int, size: dict[str, float]
 ) -> dict[str, float]:
     pairs = [("packed float32", "transformers float32")]
-    pairs += [(f"compiled {k}", f"{peer} {k}") for k in KINDS for peer in ("transformers", "ctranslate2", "llama.cpp")]
+    others = ("transformers", "ctranslate2", "llama.cpp")
+    pairs += [(f"{way} {k}", f"{peer} {k}") for way in ("compiled", "C++") for k in KINDS for peer in others]
     ours = {name.removeprefix("minigpt "): name for name in seconds if name.startswith("minigpt")}
     pairs = [(a, b) for a, b in pairs if a in ours and b in seconds]
     out = {f"{a} / {b}": ratio(seconds[ours[a]], seconds[b]) for a, b in pairs}
@@ -207,7 +211,7 @@ def single_ratios(
 
 def batch(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
     """Several prompts of equal length at once, float32; tokens per second of all rows together."""
-    theirs, out, new = peers.transformers_model(model, folder), {}, args.batch_new
+    theirs, native, out, new = peers.transformers_model(model, folder), NativeGPT(model), {}, args.batch_new
     for B in BATCHES:
         idx, fast = prompt_of(model, B, args.prompt), FastGPT(model, batch_size=B)
         print(f"batch {B}:", flush=True)
@@ -216,6 +220,8 @@ def batch(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> di
             "minigpt fast": lambda idx=idx, fast=fast: generate(fast, idx, new, temperature=0),
             "transformers": lambda idx=idx: peers.transformers_generate(theirs, idx, new),
         }
+        if B <= FEW:
+            decode["minigpt C++"] = lambda idx=idx: generate(native, idx, new, temperature=0)
         same = bool(torch.equal(decode["minigpt fast"](), decode["transformers"]()))
         seconds, _, memory = in_turn(decode, args.repeats, {})
         ratios = {name: ratio(times, seconds["transformers"]) for name, times in seconds.items()}
@@ -248,9 +254,9 @@ def interpolated_total(per_token: list[float]) -> float:
 
 def long(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
     """Seconds per token at several lengths, with a cache and without, and their sum up to the longest."""
-    fast = FastGPT(model)
-    ways = {"no cache": (model, False), "cache, plain": (model, True), "cache, compiled": (fast, True)}
-    repeats = {"no cache": 2, "cache, plain": 7, "cache, compiled": 15}
+    ways = {"no cache": (model, False), "cache, plain": (model, True)}
+    ways |= {"cache, compiled": (FastGPT(model), True), "cache, C++": (NativeGPT(model), True)}
+    repeats = {"no cache": 2, "cache, plain": 7, "cache, compiled": 15, "cache, C++": 15}
     seconds = {name: [step_seconds(m, S, cached, repeats[name]) for S in LENGTHS] for name, (m, cached) in ways.items()}
     totals = {name: interpolated_total(values) for name, values in seconds.items()}
     for name, values in seconds.items():
@@ -268,32 +274,43 @@ def medians_ms(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str,
     return {name: 1e3 * statistics.median(times) for name, times in interleaved(runs, repeats).items()}
 
 
+def function_of(fast: FastGPT | NativeGPT, idx: torch.Tensor, cache: KVCache, S: int) -> Callable[[], object]:
+    """The compiled part of the step behind S tokens, its inputs ready."""
+    cache.pos = S
+    if isinstance(fast, FastGPT):
+        inputs, keys, values = fast._inputs(idx, cache, None, S + 1)
+        return lambda: fast._run[1](*inputs, keys, values)
+    text = fast._text(idx, cache, None, 1)
+    return lambda: fast._call(text)
+
+
 @torch.inference_mode()
 def parts(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dict:
-    """Where a token's time goes, in ms: in the compiled function, preparing its inputs, choosing from the logits."""
+    """Where a token's time goes, in ms: the step in C++ or what torch.compile made of it, and Python around it."""
     out, memory, idx = {}, Memory(), prompt_of(model, 1, args.prompt)
     S = args.prompt + args.new // 2  # the middle of the text that `single` writes
-    for kind, weights in KINDS.items():
-        fast = FastGPT(model, weights)
-        cache = KVCache.for_model(fast)
+    for way, made in {"compiled": FastGPT, "C++": NativeGPT}.items():
+        for kind, weights in KINDS.items():
+            fast = made(model, weights)
+            cache = KVCache.for_model(fast)
 
-        def at(pos: int, run: Callable[[], object], cache: KVCache = cache) -> Callable[[], object]:
-            return lambda: (setattr(cache, "pos", pos), run())
+            def at(pos: int, run: Callable[[], object], cache: KVCache = cache) -> Callable[[], object]:
+                return lambda: (setattr(cache, "pos", pos), run())
 
-        prefill = medians_ms({"it": at(0, lambda: fast.last_logits(idx, cache))}, 3)["it"]  # noqa: B023
-        cache.pos = S
-        inputs, keys, values = fast._inputs(idx[:, :1], cache, None, S + 1)
-        step = medians_ms({"whole": at(S, lambda: fast.last_logits(idx[:, :1], cache)),  # noqa: B023
-                           "inside": lambda: fast._run[1](*inputs, keys, values)}, 40)  # noqa: B023  # fmt: skip
-        begin = time.perf_counter()
-        generate(fast, idx, args.new, temperature=0)
-        token = (1e3 * (time.perf_counter() - begin) - prefill) / (args.new - 1)
-        rows = {"prefill of the prompt": prefill, "one token": token, "compiled function": step["inside"],
-                "its inputs and checks": step["whole"] - step["inside"],
-                "choice, bookkeeping and drift": token - step["whole"],
-                "weights at the memory's speed": megabytes(model)[kind] / memory.read()}  # fmt: skip
-        out[kind] = {name: round(value, 3) for name, value in rows.items()}
-        print(f"{kind:9} ms:", ", ".join(f"{name} {value:.2f}" for name, value in rows.items()), flush=True)
+            prefill = medians_ms({"it": at(0, lambda: fast.last_logits(idx, cache))}, 3)["it"]  # noqa: B023
+            inside = function_of(fast, idx[:, :1], cache, S)
+            step = medians_ms({"whole": at(S, lambda: fast.last_logits(idx[:, :1], cache)),  # noqa: B023
+                               "inside": inside}, 40)  # fmt: skip
+            begin = time.perf_counter()
+            generate(fast, idx, args.new, temperature=0)
+            token = (1e3 * (time.perf_counter() - begin) - prefill) / (args.new - 1)
+            rows = {"prefill of the prompt": prefill, "one token": token, "the function": step["inside"],
+                    "its inputs and checks": step["whole"] - step["inside"],
+                    "choice, bookkeeping and drift": token - step["whole"],
+                    "weights at the memory's speed": megabytes(model)[kind] / memory.read()}  # fmt: skip
+            name = f"{way} {kind}"
+            out[name] = {part: round(value, 3) for part, value in rows.items()}
+            print(f"{name:18} ms:", ", ".join(f"{part} {value:.2f}" for part, value in rows.items()), flush=True)
     head = 4e-6 * model.wte.weight.numel() / megabytes(model)["float32"]
     return out | {"share of the head in the weights": round(head, 3)}
 
@@ -303,15 +320,17 @@ def lookup(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
     mini, enc = load_pretrained("mini"), load_tokenizer("mini")
     text = "The old lighthouse keeper wrote: the lamp must be lit at dusk, the lamp must be cleaned at dawn. He wrote:"
     idx = torch.tensor([enc.encode_ordinary(text)])
-    fast, new = FastGPT(mini, rows=(1, 8)), 256
-    found = generate_lookup(fast, idx, new)
+    fast, native, new = FastGPT(mini, rows=(1, 8)), NativeGPT(mini), 256
+    found = generate_lookup(native, idx, new)
     decode = {
         "mini compiled": lambda: generate(fast, idx, new, temperature=0),
         "mini compiled, lookup": lambda: generate_lookup(fast, idx, new),
+        "mini C++": lambda: generate(native, idx, new, temperature=0),
+        "mini C++, lookup": lambda: generate_lookup(native, idx, new),
     }
     same = bool(torch.equal(found.ids, decode["mini compiled"]()))
     seconds, _, _ = in_turn(decode, args.repeats, {})
-    gain = ratio(seconds["mini compiled, lookup"], seconds["mini compiled"])
+    gain = {way: ratio(seconds[f"mini {way}, lookup"], seconds[f"mini {way}"]) for way in ("compiled", "C++")}
     print(f"{found.acceptance:.0%} of {found.proposed} guesses taken, {found.tokens_per_pass:.2f} tokens per pass")
     return {"rows": rows_of(seconds, new), "acceptance": round(found.acceptance, 3), "equal_tokens": same,
             "tokens_per_pass": round(found.tokens_per_pass, 2), "lookup / plain": gain}  # fmt: skip
@@ -373,10 +392,15 @@ def against_targets(results: dict) -> list[dict]:
     figures["batch 16, fast float32 / transformers float32"] = (
         largest.get("of transformers", {}).get("minigpt fast"), 1.5)  # fmt: skip
     figures["uncached / cached up to 900 tokens, seconds in total"] = (
-        results.get("long", {}).get("no cache / cached", {}).get("cache, compiled"), 25)  # fmt: skip
+        results.get("long", {}).get("no cache / cached", {}).get("cache, C++"), 25)  # fmt: skip
     rows = [{"what": name, "target": want, "measured": got} for name, (got, want) in figures.items()]
     change = results.get("int8", {}).get("int8", {}).get("change")
-    return [*rows, {"what": "int8 held-out loss, change at most", "target": 0.005, "measured": change}]
+    rows.append({"what": "int8 held-out loss, change at most", "target": 0.005, "measured": change})
+    gpu = results.get("cuda")
+    one = gpu["1"] if isinstance(gpu, dict) else {}
+    rows.append({"what": "GPU, bfloat16, CUDA graphs / transformers", "target": 15, "measured": one.get("ratio")})
+    bound = one.get("share of memory bound")
+    return [*rows, {"what": "GPU, bfloat16, CUDA graphs / memory bound", "target": 0.2, "measured": bound}]
 
 
 def show(table: list[dict]) -> None:

@@ -69,13 +69,73 @@ class _PackedGPT(GPTLanguageModel):
         held = {id(t) if t.is_mkldnn else t.data_ptr(): t for t in (*self.parameters(), *self.buffers())}
         return sum(t.numel() * t.element_size() for t in held.values())
 
+# %% ../notebooks/06b_fast_decoding.ipynb #c7749da1
+class _SteppingGPT(_PackedGPT):
+    """Sends small steps through `_run_step` of a subclass, and everything else through the inherited code."""
+
+    def _is_step(self, idx: Tensor, cache: KVCache | None) -> bool:
+        """Whether `_run_step` can take idx (B, T)."""
+        raise NotImplementedError
+
+    def _run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
+        """Logits (B, wanted, V) of the last tokens of idx (B, T); keys and values go behind those in the cache."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def _decode(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
+        """One step, its request checked; logits (B, wanted, V) of the last tokens."""
+        _check_input(idx, self.config, cache.pos, attention_mask)
+        end = cache.pos + idx.size(1)
+        cache.check_room(idx.size(0), end)
+        _check_cache(cache, self, idx.size(0), end)
+        logits = self._run_step(idx, cache, attention_mask, wanted)
+        cache.advance(idx.size(1))
+        return logits
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if targets is None and self._is_step(idx, kv_cache):
+            return self._decode(idx, kv_cache, attention_mask, idx.size(1)), None
+        return super().forward(idx, targets, kv_cache, attention_mask)
+
+    def last_logits(
+        self, idx: Tensor, kv_cache: KVCache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        if self._is_step(idx, kv_cache):
+            return self._decode(idx, kv_cache, attention_mask, 1)[:, -1]
+        return super().last_logits(idx, kv_cache, attention_mask)
+
 # %% ../notebooks/06b_fast_decoding.ipynb #175007bf
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that `torch.compile` can use on a CPU ($CXX, g++, clang++ or cl), or None."""
+    """Path of the C++ compiler that a step on a CPU can be compiled with ($CXX, g++, clang++ or cl), or None."""
     names = (os.environ.get("CXX"), "g++", "clang++", "cl")
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
+
+def _compiler_for(what: str, otherwise: str) -> str:
+    """Its path. Raises RuntimeError, with a way out, where there is none."""
+    if (compiler := cpp_compiler()) is None:
+        raise RuntimeError(
+            f"{what} needs a C++ compiler, and neither $CXX nor g++, clang++ or cl was found. Install one (Debian "
+            "and Ubuntu: apt install g++; macOS: xcode-select --install; Windows: Visual Studio's build tools), or "
+            f"{otherwise}, which is slower and needs none"
+        )
+    return compiler
+
 # %% ../notebooks/06b_fast_decoding.ipynb #c7416d06
+def _check_weights(model: GPTLanguageModel, weights: str | None) -> None:
+    """Raise ValueError for an unknown form of weights and for an adapter that is not merged."""
+    if weights not in (None, "bfloat16", "int8"):
+        raise ValueError(f"weights={weights!r} must be None (the model's own), 'bfloat16' or 'int8'")
+    if any(getattr(m, "merged", None) is False for m in model.modules()):  # what a LoRA layer says of itself
+        raise ValueError("the model has a LoRA adapter that is not merged: call merge_lora(model) first")
+
+
 def _check_request(
     model: GPTLanguageModel, weights: str | None, compile: bool, batch_size: int, rows: tuple[int, ...]
 ) -> None:
@@ -85,18 +145,11 @@ def _check_request(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if any(not 1 <= T <= n_ctx for T in rows):
         raise ValueError(f"rows={rows} must be numbers of new tokens between 1 and n_ctx={n_ctx}")
-    if weights not in (None, "bfloat16", "int8"):
-        raise ValueError(f"weights={weights!r} must be None (the model's own), 'bfloat16' or 'int8'")
-    if any(hasattr(m, "lora_A") and not getattr(m, "merged", False) for m in model.modules()):
-        raise ValueError("the model has a LoRA adapter that is not merged: call merge_lora(model) first")
+    _check_weights(model, weights)
     if compile and device not in ("cpu", "cuda"):
         raise ValueError(f"compile=True is for cpu and cuda, not {device}: pass compile=False")
-    if compile and device == "cpu" and cpp_compiler() is None:
-        raise RuntimeError(
-            "compile=True needs a C++ compiler, and neither $CXX nor g++, clang++ or cl was found. Install one (Debian "
-            "and Ubuntu: apt install g++; macOS: xcode-select --install; Windows: Visual Studio's build tools), or "
-            "pass compile=False, which is slower and needs none"
-        )
+    if compile and device == "cpu":
+        _compiler_for("compile=True", "pass compile=False")
 
 # %% ../notebooks/06b_fast_decoding.ipynb #29c66714
 class _Recording:
@@ -121,7 +174,7 @@ class _Recording:
         return self.logits.clone()  # the next replay writes over it
 
 # %% ../notebooks/06b_fast_decoding.ipynb #1a5567d7
-class _StepGPT(_PackedGPT):
+class _StepGPT(_SteppingGPT):
     """The packed model with its step as a function of tensors, and what the step is called with."""
 
     def _step(
@@ -170,7 +223,7 @@ class _StepGPT(_PackedGPT):
 
 # %% ../notebooks/06b_fast_decoding.ipynb #c7749daa
 class _DecodingGPT(_StepGPT):
-    """Sends small steps through the compiled or recorded function, and everything else through the inherited code."""
+    """Runs its steps through the compiled or recorded function."""
 
     compiled: bool
     batch_size: int
@@ -180,42 +233,16 @@ class _DecodingGPT(_StepGPT):
         shape = (self.batch_size, idx.size(1)) if idx.dim() == 2 else ()
         return self.compiled and cache is not None and cache.pos > 0 and idx.shape == shape and idx.size(1) in self.rows
 
-    @torch.inference_mode()
-    def _decode(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None) -> Tensor:
-        """One step through the compiled or recorded function; logits (B, T, V)."""
-        _check_input(idx, self.config, cache.pos, attention_mask)
+    def _run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
         end = cache.pos + idx.size(1)
-        cache.check_room(idx.size(0), end)
-        _check_cache(cache, self, idx.size(0), end)
         S = bucket(end, cache.max_len) if idx.is_cuda else end
         inputs, keys, values = self._inputs(idx, cache, attention_mask, S)
-        if idx.is_cuda:
-            recordings = self._recordings.setdefault(cache, {})
-            if (idx.shape, S) not in recordings:
-                recordings[idx.shape, S] = _Recording(self._step, inputs, keys, values)
-            logits = recordings[idx.shape, S](inputs)
-        else:
-            logits = self._run[idx.size(1)](*inputs, keys, values)
-        cache.advance(idx.size(1))
-        return logits
-
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        kv_cache: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if targets is None and self._is_step(idx, kv_cache):
-            return self._decode(idx, kv_cache, attention_mask), None
-        return super().forward(idx, targets, kv_cache, attention_mask)
-
-    def last_logits(
-        self, idx: Tensor, kv_cache: KVCache | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        if self._is_step(idx, kv_cache):
-            return self._decode(idx, kv_cache, attention_mask)[:, -1]
-        return super().last_logits(idx, kv_cache, attention_mask)
+        if not idx.is_cuda:
+            return self._run[idx.size(1)](*inputs, keys, values)[:, -wanted:]
+        recordings = self._recordings.setdefault(cache, {})
+        if (idx.shape, S) not in recordings:
+            recordings[idx.shape, S] = _Recording(self._step, inputs, keys, values)
+        return recordings[idx.shape, S](inputs)[:, -wanted:]
 
 # %% ../notebooks/06b_fast_decoding.ipynb #f7a85462
 class FastGPT(_DecodingGPT):

@@ -1,9 +1,13 @@
 """Small random models and prompts that the tests of decoding share, and decoding as slow and plain as can be."""
 
+import copy
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from minigpt_lib.cache import KVCache
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.weights import config_to_hf, to_hf_state
 
@@ -44,3 +48,25 @@ def greedy_slow(model: GPTLanguageModel, idx: torch.Tensor, n: int) -> torch.Ten
     for _ in range(n):
         idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)  # (B, T + 1)
     return idx
+
+
+def rounded(model: GPTLanguageModel, weights: str | None) -> GPTLanguageModel:
+    """The oracle for smaller weights: a plain float32 model that holds the rounded numbers."""
+    twin = copy.deepcopy(model)
+    for layer in (m for m in twin.modules() if isinstance(m, nn.Linear)):
+        w = layer.weight.data
+        if weights == "bfloat16":
+            layer.weight.data = w.bfloat16().float()
+        elif weights == "int8":
+            step = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+            layer.weight.data = (w / step).round() * step
+    twin.wte.weight = twin.lm_head.weight
+    return twin
+
+
+def one_by_one(model: GPTLanguageModel, idx: torch.Tensor, T: int = 1, **options) -> torch.Tensor:
+    """Logits (B, n, V) of a prefill of 5 tokens and then steps of T."""
+    cache = KVCache.for_model(model, idx.size(0), **options)
+    with torch.inference_mode():
+        rows = [model(part, kv_cache=cache)[0] for part in (idx[:, :5], *idx[:, 5:].split(T, dim=1))]
+    return torch.cat(rows, dim=1)

@@ -1,18 +1,18 @@
 """The fast paths against the plain model: packed layers, the compiled step, smaller weights, CUDA graphs."""
 
-import copy
 import gc
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from decoding import greedy_slow, pad, prompt, random_model
+from decoding import greedy_slow, one_by_one, pad, prompt, random_model, rounded
 
 from minigpt_lib.cache import KVCache
 from minigpt_lib.fast import FastGPT, bucket, cpp_compiler
 from minigpt_lib.generation import generate, stream
 from minigpt_lib.lookup import generate_lookup
+from minigpt_lib.lora import add_lora, merge_lora
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.packed import BLOCK, PackedLinear, quantize_int8
 
@@ -33,28 +33,6 @@ def fast() -> tuple[GPTLanguageModel, dict[str | None, FastGPT]]:
     torch.manual_seed(torch.seed() % 2**31)
     model = random_model(SMALL)
     return model, {weights: FastGPT(model, weights, rows=(1,) if weights else (1, 4)) for weights in FORMS}
-
-
-def rounded(model: GPTLanguageModel, weights: str | None) -> GPTLanguageModel:
-    """The oracle for smaller weights: a plain float32 model that holds the rounded numbers."""
-    twin = copy.deepcopy(model)
-    for layer in (m for m in twin.modules() if isinstance(m, nn.Linear)):
-        w = layer.weight.data
-        if weights == "bfloat16":
-            layer.weight.data = w.bfloat16().float()
-        elif weights == "int8":
-            step = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-            layer.weight.data = (w / step).round() * step
-    twin.wte.weight = twin.lm_head.weight
-    return twin
-
-
-def one_by_one(model: GPTLanguageModel, idx: torch.Tensor, T: int = 1, **options) -> torch.Tensor:
-    """Logits (B, n, V) of a prefill of 5 tokens and then steps of T."""
-    cache = KVCache.for_model(model, idx.size(0), **options)
-    with torch.inference_mode():
-        rows = [model(part, kv_cache=cache)[0] for part in (idx[:, :5], *idx[:, 5:].split(T, dim=1))]
-    return torch.cat(rows, dim=1)
 
 
 # ---- layers
@@ -154,9 +132,20 @@ def test_bad_requests(model):
     for rows in ((1, 0), (65,)):
         with pytest.raises(ValueError, match=r"rows=\(.*between 1 and n_ctx=64"):
             FastGPT(model, rows=rows)
-    model.h[0].attn.c_attn.lora_A = nn.Parameter(torch.zeros(1))
+    add_lora(model, r=2)
     with pytest.raises(ValueError, match="merge_lora"):
         FastGPT(model, compile=False)
+
+
+def test_a_merged_adapter_is_part_of_the_weights(model):
+    add_lora(model, r=2)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(0, 0.3)
+    idx = prompt(20)
+    with torch.no_grad():
+        want, fast = model(idx)[0], FastGPT(merge_lora(model), compile=False)
+        assert (fast(idx)[0] - want).abs().max() <= 3e-5
 
 
 def test_without_a_compiler_it_says_so_and_how_to_go_on(model, monkeypatch):
@@ -200,9 +189,7 @@ def test_nothing_is_compiled_again_while_decoding(fast, seed):
             assert torch.equal(generate(copies[None], idx, new, temperature=0), greedy_slow(model, idx, new))
         small = KVCache(SMALL, max_len=20)
         idx = prompt(9)
-        assert torch.equal(
-            generate(copies[None], idx, 10, temperature=0, kv_cache=small), greedy_slow(model, idx, 10)
-        )
+        assert torch.equal(generate(copies[None], idx, 10, temperature=0, kv_cache=small), greedy_slow(model, idx, 10))
         mask = torch.ones(1, 12, dtype=torch.int64)
         mask[0, :5] = 0
         padded = F.pad(prompt(7), (5, 0))
@@ -363,5 +350,3 @@ def test_cuda_graphs_agree_with_the_plain_model(seed, padded):
         assert torch.equal(generate(fast, idx.cuda(), 230, **options), want)
     gc.collect()
     assert len(fast._recordings) == 0  # a graph goes with its cache
-
-

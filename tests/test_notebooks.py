@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 MODULES = {
     "00": "runtime", "01": "tokenizer", "02": "attention", "03": "model", "04": "training", "05": "weights",
-    "06": "generation", "06b": "fast", "07": "lora", "08": "sft", "09": "chat",
+    "06": "generation", "06b": "fast", "06c": "native", "07": "lora", "08": "sft", "09": "chat",
 }  # fmt: skip
 EXEMPT = "# NBVAL_IGNORE_OUTPUT"
 RICH = {"image/png", "text/html", "application/vnd.jupyter.widget-view+json"}
