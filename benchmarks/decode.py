@@ -26,7 +26,7 @@ from workers import Worker
 
 from minigpt_lib.cache import KVCache
 from minigpt_lib.fast import FastGPT
-from minigpt_lib.generation import generate
+from minigpt_lib.generation import generate, stream
 from minigpt_lib.lookup import generate_lookup
 from minigpt_lib.model import PRESETS, GPTConfig, GPTLanguageModel
 from minigpt_lib.native import NativeGPT
@@ -37,6 +37,7 @@ from minigpt_lib.weights import load_pretrained
 BATCHES = (1, 4, 16)
 LENGTHS = (32, 64, 128, 256, 512, 900)
 KINDS = {"float32": None, "bfloat16": "bfloat16", "int8": "int8"}  # what this library calls them
+BOUND = " / memory bound"
 TARGETS = {  # ratio of tokens per second, unless said otherwise: at least
     "packed float32 / transformers float32": 1.3,
     "C++ float32 / ctranslate2 float32": 1.2,
@@ -89,24 +90,40 @@ class Memory:
 
 def in_turn(
     ask: dict[str, Callable[[], object]], rounds: int, lost: dict[str, str]
-) -> tuple[dict[str, list[float]], dict[str, list[float]], Memory]:
-    """Seconds of each, round by round, and GB/s of memory around each; who fails goes to `lost` with the reason."""
-    seconds, around, memory = {name: [] for name in ask}, {name: [] for name in ask}, Memory()
+) -> tuple[dict[str, list[float]], Memory]:
+    """Seconds of each, round by round, with a read of memory before each; who fails goes to `lost` with the reason."""
+    seconds, memory = {name: [] for name in ask}, Memory()
     for r in range(rounds):
-        before = memory.read()
         for name in list(seconds) if r % 2 == 0 else list(seconds)[::-1]:
+            memory.read()
             begin = time.perf_counter()
             try:
                 ask[name]()
             except RuntimeError as error:
                 lost[name] = str(error)
-                del seconds[name], around[name]
+                del seconds[name]
                 continue
             seconds[name].append(time.perf_counter() - begin)
-            after = memory.read()
-            around[name].append(max(before, after))
-            before = after
-    return seconds, around, memory
+    return seconds, memory
+
+
+def share_of_bound(model: GPTLanguageModel, idx: torch.Tensor, new: int, mb: float) -> float:
+    """The time that reading the weights would take, divided by the time that decoding takes.
+
+    The memory's speed is read every 16 tokens, because a virtual machine's can double or halve within seconds.
+    """
+    memory, tokens, needed, taken = Memory(), stream(model, idx, new, temperature=0), 0.0, 0.0
+    next(tokens)  # the prompt
+    before = memory.read()
+    for _ in range(1, new - 15, 16):
+        begin = time.perf_counter()
+        for _ in range(16):
+            next(tokens)
+        taken += time.perf_counter() - begin
+        after = memory.read()
+        needed += 16 * mb / 1e3 * (1 / before + 1 / after) / 2
+        before = after
+    return needed / taken
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
@@ -140,6 +157,9 @@ def build(group: str, args: argparse.Namespace) -> tuple[dict[str, Callable[[int
         seconds = {name: round(m.compile_seconds, 1) for name, m in ours.items() if m.compile_seconds > 0.05}
         run = {name: lambda new, m=m: generate(m, idx, new, temperature=0)[0, len(prompt) :].tolist()
                for name, m in ours.items()}  # fmt: skip
+        size = megabytes(model)
+        run |= {f"{name}{BOUND}": lambda new, m=m, mb=size[name.split()[-1]]: share_of_bound(m, idx, new, mb)
+                for name, m in ours.items()}  # fmt: skip
     elif group == "transformers":
         theirs = peers.transformers_model(model, folder)
         run = {"float32": lambda new: peers.transformers_generate(theirs, idx, new)[0, len(prompt) :].tolist()}
@@ -169,7 +189,8 @@ def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
             lost[group] = str(error)
             continue
         compiled |= workers[-1].notes
-        ask |= {name: lambda w=workers[-1], name=name: w.ask(name, 8) for name in workers[-1].names}
+        names = [name for name in workers[-1].names if not name.endswith(BOUND)]
+        ask |= {name: lambda w=workers[-1], name=name: w.ask(name, 8) for name in names}
     for name, warm in list(ask.items()):
         try:
             warm()
@@ -181,7 +202,9 @@ def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
         worker = next(w for w in workers if name in w.names)
         return lambda: tokens.update({name: worker.ask(name, args.new)})
 
-    seconds, around, memory = in_turn({name: timed(name) for name in ask}, args.repeats, lost)
+    seconds, memory = in_turn({name: timed(name) for name in ask}, args.repeats, lost)
+    bounds = [name for name in workers[0].names if name.endswith(BOUND)]
+    shares = {name: [workers[0].ask(name, args.new) for _ in range(args.repeats)] for name in bounds}
     for worker in workers:
         worker.stop()
     print("left out:", lost or "nobody")
@@ -190,22 +213,18 @@ def single(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
         "compile_seconds": compiled, "missing": lost,
         "equal_tokens": {name: equal(t, tokens["minigpt packed float32"]) for name, t in tokens.items()},
         "settings": {"prompt": args.prompt, "new": args.new, "repeats": args.repeats, "batch": 1},
-        "ratios": single_ratios(seconds, around, args.new, megabytes(model)),
+        "ratios": single_ratios(seconds, shares),
     }  # fmt: skip
 
 
-def single_ratios(
-    seconds: dict[str, list[float]], around: dict[str, list[float]], new: int, size: dict[str, float]
-) -> dict[str, float]:
+def single_ratios(seconds: dict[str, list[float]], shares: dict[str, list[float]]) -> dict[str, float]:
     pairs = [("packed float32", "transformers float32")]
     others = ("transformers", "ctranslate2", "llama.cpp")
     pairs += [(f"{way} {k}", f"{peer} {k}") for way in ("compiled", "C++") for k in KINDS for peer in others]
     ours = {name.removeprefix("minigpt "): name for name in seconds if name.startswith("minigpt")}
     pairs = [(a, b) for a, b in pairs if a in ours and b in seconds]
     out = {f"{a} / {b}": ratio(seconds[ours[a]], seconds[b]) for a, b in pairs}
-    for name, full in ours.items():
-        needed = [new * size[name.split()[-1]] / 1e3 / s for s in seconds[full]]  # GB/s
-        out[f"{name} / memory bound"] = round(statistics.median(map(lambda n, r: n / r, needed, around[full])), 3)
+    out |= {name.removeprefix("minigpt "): round(statistics.median(values), 3) for name, values in shares.items()}
     return out
 
 
@@ -223,7 +242,7 @@ def batch(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> di
         if B <= FEW:
             decode["minigpt C++"] = lambda idx=idx: generate(native, idx, new, temperature=0)
         same = bool(torch.equal(decode["minigpt fast"](), decode["transformers"]()))
-        seconds, _, memory = in_turn(decode, args.repeats, {})
+        seconds, memory = in_turn(decode, args.repeats, {})
         ratios = {name: ratio(times, seconds["transformers"]) for name, times in seconds.items()}
         print("times Transformers:", ratios)
         out[str(B)] = {"rows": rows_of(seconds, B * new), "read_gb_per_s": memory.summary(), "equal_tokens": same,
@@ -329,7 +348,7 @@ def lookup(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> d
         "mini C++, lookup": lambda: generate_lookup(native, idx, new),
     }
     same = bool(torch.equal(found.ids, decode["mini compiled"]()))
-    seconds, _, _ = in_turn(decode, args.repeats, {})
+    seconds, _ = in_turn(decode, args.repeats, {})
     gain = {way: ratio(seconds[f"mini {way}, lookup"], seconds[f"mini {way}"]) for way in ("compiled", "C++")}
     print(f"{found.acceptance:.0%} of {found.proposed} guesses taken, {found.tokens_per_pass:.2f} tokens per pass")
     return {"rows": rows_of(seconds, new), "acceptance": round(found.acceptance, 3), "equal_tokens": same,

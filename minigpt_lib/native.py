@@ -98,8 +98,12 @@ template <> struct Ready<int8_t> {
     Ready(const float *from, int64_t rows, int64_t n) : room(rows * n), steps(rows), x(room.data()) {
         for (int64_t r = 0; r < rows; r++) {
             float largest = 1e-30f, all = 0;
-            for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::fabs(from[r * n + i]));
-            for (int64_t i = 0; i < n; i++) all += std::fabs(from[r * n + i]);
+            #pragma omp simd reduction(max : largest) reduction(+ : all)
+            for (int64_t i = 0; i < n; i++) {
+                float size = std::fabs(from[r * n + i]);
+                largest = std::max(largest, size);
+                all += size;
+            }
             float step = std::max(largest / 32767, all * 127 / 2.1e9f);  // 2^31 is a little more than 2.1e9
             for (int64_t i = 0; i < n; i++) room[r * n + i] = int16_t(std::rint(from[r * n + i] / step));
             steps[r] = std::isfinite(all) ? step : NAN;  // integers have no NaN: it must not get lost
@@ -140,7 +144,17 @@ static void layer_norm(const Norm &norm, const float *x, float *y, int64_t rows,
     }
 }
 
-static float gelu(float x) { return x / (1 + std::exp(-1.5957691216f * (x + 0.044715f * x * x * x))); }
+static inline float exponential(float x) {  // 2^n e^r with a whole n, and r of at most half a ln 2
+    x = x < -87 ? -87 : x > 88 ? 88 : x;    // what a float can hold
+    float n = std::rint(x * 1.44269504f), r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts
+    float series = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r / 720)))));
+    int32_t bits = (int32_t(n) + 127) << 23;  // the exponent's place in a float
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return series * power;
+}
+
+static inline float gelu(float x) { return x / (1 + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
 // q (hs) looks at S places with keys and values (S, hs); att (S) is room for the weights, y (hs) the result
 static void attend(const float *q, const float *keys, const float *values, const uint8_t *mask, int64_t S, int64_t hs,
@@ -150,7 +164,8 @@ static void attend(const float *q, const float *keys, const float *values, const
         att[s] = mask && !mask[s] ? -INFINITY : dot(keys + s * hs, q, hs) / d_k;
         largest = std::max(largest, att[s]);
     }
-    for (int64_t s = 0; s < S; s++) total += att[s] = std::exp(att[s] - largest);
+    #pragma omp simd reduction(+ : total)
+    for (int64_t s = 0; s < S; s++) total += att[s] = exponential(att[s] - largest);
     std::fill(y, y + hs, 0.0f);
     for (int64_t s = 0; s < S; s++)
         for (int64_t c = 0; c < hs; c++) y[c] += att[s] / total * values[s * hs + c];
@@ -201,7 +216,9 @@ template <class W> void step(const Sizes &sizes, const Model<W> &model, const Te
             linear(block.attn_proj, y.data(), rows, C, C, add_to_x);
             layer_norm(block.ln_2, x.data(), h, rows, C, sizes.epsilon);
             linear(block.c_fc, h, rows, C, 4 * C,
-                   [&](int64_t r, int64_t o, float number) { wide[r * 4 * C + o] = gelu(number); });
+                   [&](int64_t r, int64_t o, float number) { wide[r * 4 * C + o] = number; });
+            #pragma omp for simd
+            for (int64_t i = 0; i < rows * 4 * C; i++) wide[i] = gelu(wide[i]);
             linear(block.mlp_proj, wide.data(), rows, 4 * C, C, add_to_x);
         }
         const int64_t n = text.wanted;
