@@ -117,7 +117,7 @@ _LINEAR = r"""
 template <class W, class Put>  // x (rows, in) times the weights (out, in); put(row, output, number) takes the results
 void linear(const Linear<W> &layer, const float *given, int64_t rows, int64_t in, int64_t out, Put put) {
     const Ready<W> ready(given, rows, in);  // each thread's own: cheaper than to wait for another's
-    #pragma omp for schedule(static)
+    #pragma omp for schedule(guided, 8)
     for (int64_t first = 0; first < out; first += 4)  // four rows of weights stay in the nearest cache
         for (int64_t r = 0, n; r < rows; r += n) {
             n = r + 4 <= rows ? 4 : 1;
