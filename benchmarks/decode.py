@@ -30,7 +30,7 @@ from minigpt_lib.fast import FastGPT
 from minigpt_lib.generation import generate, stream
 from minigpt_lib.lookup import generate_lookup
 from minigpt_lib.model import PRESETS, GPTConfig, GPTLanguageModel
-from minigpt_lib.native import MOST, NativeGPT
+from minigpt_lib.native import MOST, NativeGPT, _text
 from minigpt_lib.packed import FEW
 from minigpt_lib.tokenizer import load_tokenizer
 from minigpt_lib.weights import load_pretrained
@@ -301,7 +301,7 @@ def function_of(fast: FastGPT | NativeGPT, idx: torch.Tensor, cache: KVCache, S:
     if isinstance(fast, FastGPT):
         inputs, keys, values = fast._inputs(idx, cache, None, S + 1)
         return lambda: fast._run[1](*inputs, keys, values)
-    text = fast._text(idx, cache, None, 1)
+    text = _text(idx, cache, None, 1, fast.config.vocab_size)
     return lambda: fast._call(text)
 
 

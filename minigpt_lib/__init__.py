@@ -52,7 +52,7 @@ _PUBLIC = {
 _TRAINING = ("files", "loss", "corpus", "optimization", "distributed", "watch", "checkpoints", "training")
 _MODULES = ("runtime", *_TRAINING, "download", "tensor_files", "tf_checkpoint", "hub", "verify",
             "sampling", "packed", "fast", "lookup", "records", "batching", "evaluation", "cli", *_PUBLIC)
-_MODULES += ("chat", "insight", "pages", "layout", "handlers")
+_MODULES += ("native", "chat", "insight", "pages", "layout", "handlers")
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _all_ = ["CausalSelfAttention", "GPTConfig", "GPTLanguageModel", "load_tokenizer", "load_pretrained", "save_pretrained",
          "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",

@@ -25,7 +25,7 @@ from .packed import PackedLinear
 # %% auto #0
 __all__ = ['MOST', 'STEP_CPP', 'FLAGS', 'compile_step', 'NativeGPT']
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0006
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0007
 _TYPES = r"""
 #include <algorithm>
 #include <cmath>
@@ -59,7 +59,7 @@ struct Text {                          // what comes new, and the cache behind i
 };
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0008
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0009
 _DOT = r"""
 template <class X> using Sum = std::conditional_t<std::is_same_v<X, float>, float, int32_t>;
 
@@ -81,7 +81,7 @@ template <class W, class X> void four_dots(const W *w, const X *x, int64_t n, fl
 }
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0010
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0011
 _READY = r"""
 // x (rows, n) in the form in which weights of type W are multiplied with it, and the size of a step for each row
 template <class W> struct Ready {
@@ -112,7 +112,7 @@ template <> struct Ready<int8_t> {
 };
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0012
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0013
 _LINEAR = r"""
 template <class W, class Put>  // x (rows, in) times the weights (out, in); put(row, output, number) takes the results
 void linear(const Linear<W> &layer, const float *given, int64_t rows, int64_t in, int64_t out, Put put) {
@@ -132,7 +132,7 @@ void linear(const Linear<W> &layer, const float *given, int64_t rows, int64_t in
 }
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0014
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0015
 _PARTS = r"""
 static void layer_norm(const Norm &norm, const float *x, float *y, int64_t rows, int64_t C, float epsilon) {
     for (; rows--; x += C, y += C) {
@@ -172,7 +172,7 @@ static void attend(const float *q, const float *keys, const float *values, const
 }
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0016
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0017
 _EMBED = r"""
 template <class W> void embed(const Model<W> &model, const Text &text, int64_t rows, int64_t C, float *x) {
     #pragma omp for
@@ -185,7 +185,7 @@ template <class W> void embed(const Model<W> &model, const Text &text, int64_t r
 }
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0018
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0019
 _STEP = r"""
 template <class W> void step(const Sizes &sizes, const Model<W> &model, const Text &text, int threads) {
     const int64_t C = sizes.C, nh = sizes.n_head, hs = C / nh, T = text.T, rows = text.B * T, S = text.pos + T;
@@ -230,18 +230,20 @@ template <class W> void step(const Sizes &sizes, const Model<W> &model, const Te
 }
 """
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0020
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0021
 _ENTRY = """
 extern "C" void step_{name}(const Sizes &sizes, const Model<{type}> &model, const Text &text, int threads) {{
     step(sizes, model, text, threads);
 }}
 """
 MOST = 64  # tokens at a time in C++; of more, PyTorch's matrix products are the faster ones
+
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0022
 _STORED = {None: "float", "bfloat16": "bfloat16", "int8": "int8_t"}  # how the weights are stored, and C++'s type
 STEP_CPP = _TYPES + _DOT + _READY + _LINEAR + _PARTS + _EMBED + _STEP
 STEP_CPP += "".join(_ENTRY.format(name=name or "float32", type=kind) for name, kind in _STORED.items())
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0023
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0025
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC")
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # g++ uses half of the widest registers unless told
@@ -257,7 +259,7 @@ def _run(command: list[str]) -> str:
         )
     return done.stdout
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0024
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0026
 def compile_step() -> Path:
     """The shared library with the step, compiled on first use and kept in the cache folder (MINIGPT_CACHE).
 
@@ -282,7 +284,7 @@ def compile_step() -> Path:
 def _library(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0027
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0029
 class _Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("n_layer", "n_head", "C", "V")] + [("epsilon", ctypes.c_double)]
 
@@ -290,8 +292,24 @@ class _Sizes(ctypes.Structure):
 class _Text(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "pos", "max_len", "wanted")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("idx", "positions", "mask", "keys", "values", "logits")]
+    tensors: dict[str, Tensor | None]  # what it points to
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0028
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0030
+def _text(idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int, vocab_size: int) -> _Text:
+    """The struct for new tokens idx (B, T) and room for the logits behind each row's last `wanted` tokens."""
+    (B, T), mask = idx.shape, None
+    positions = torch.arange(cache.pos, cache.pos + T).expand(B, T)
+    if attention_mask is not None:
+        mask, positions = padding_mask(attention_mask, T)  # (B, 1, T, pos + T), (B, T)
+    given = {"idx": idx.long(), "positions": positions, "mask": mask}
+    tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
+    tensors |= {"keys": cache.keys, "values": cache.values, "logits": torch.empty(B, wanted, vocab_size)}
+    addresses = (None if t is None else t.data_ptr() for t in tensors.values())
+    text = _Text(B, T, cache.pos, cache.max_len, wanted, *addresses)
+    text.tensors = tensors
+    return text
+
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0031
 def _in_order(model: GPTLanguageModel) -> list[Tensor | None]:
     """The tensors of a packed model in the order of the C++ struct `Model`."""
 
@@ -307,7 +325,7 @@ def _in_order(model: GPTLanguageModel) -> list[Tensor | None]:
         out += [*norm(block.ln_2), *linear(block.mlp.c_fc), *linear(block.mlp.c_proj)]
     return out
 
-# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0029
+# %% ../notebooks/06c_step_in_cpp.ipynb #c06c0032
 class NativeGPT(_SteppingGPT):
     """A float32 `GPTLanguageModel` on the CPU whose steps run in C++; `generate`, `stream` and lookup take it.
 
@@ -338,21 +356,6 @@ class NativeGPT(_SteppingGPT):
             return False
         return idx.device.type == cache.keys.device.type == "cpu"
 
-    def _text(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> _Text:
-        """The struct for new tokens idx (B, T); it holds the tensors that it points to, the logits too."""
-        (B, T), mask = idx.shape, None
-        positions = torch.arange(cache.pos, cache.pos + T).expand(B, T)
-        if attention_mask is not None:
-            mask, positions = padding_mask(attention_mask, T)  # (B, 1, T, pos + T), (B, T)
-        given = {"idx": idx.long(), "positions": positions, "mask": mask}
-        tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
-        logits = torch.empty(B, wanted, self.config.vocab_size)
-        tensors |= {"keys": cache.keys, "values": cache.values, "logits": logits}
-        addresses = (None if t is None else t.data_ptr() for t in tensors.values())
-        text = _Text(B, T, cache.pos, cache.max_len, wanted, *addresses)
-        text.tensors = tensors
-        return text
-
     def _call(self, text: _Text) -> Tensor:
         """Run the step; its logits (B, wanted, V)."""
         threads = torch.get_num_threads()
@@ -360,4 +363,4 @@ class NativeGPT(_SteppingGPT):
         return text.tensors["logits"]
 
     def _run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
-        return self._call(self._text(idx, cache, attention_mask, wanted))
+        return self._call(_text(idx, cache, attention_mask, wanted, self.config.vocab_size))
