@@ -58,6 +58,8 @@ def run_all(browser, address: str):
     """A page with the notebook open and all of its cells run, and its first row of widgets."""
     playwright = pytest.importorskip("playwright.sync_api")
     page, complaints = watched(browser, 1400, 1000)
+    dialog = page.locator("dialog.jp-Dialog")  # on a slow machine it may ask for a kernel that is still starting
+    page.add_locator_handler(dialog, lambda found: found.locator("button.jp-mod-accept").click())
     page.goto(address)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")  # the kernel is up
     for _ in range(6):  # a click that comes before the notebook is ready does nothing, for a learner too
