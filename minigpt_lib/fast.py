@@ -71,15 +71,10 @@ class _PackedGPT(GPTLanguageModel):
 
 # %% ../notebooks/06b_fast_decoding.ipynb #c7749da1
 class _SteppingGPT(_PackedGPT):
-    """Sends small steps through `_run_step` of a subclass, and everything else through the inherited code."""
+    """Sends what `_is_step` accepts through `_run_step`, both of a subclass, the rest through the inherited code."""
 
-    def _is_step(self, idx: Tensor, cache: KVCache | None) -> bool:
-        """Whether `_run_step` can take idx (B, T)."""
-        raise NotImplementedError
-
-    def _run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
-        """Logits (B, wanted, V) of the last tokens of idx (B, T); keys and values go behind those in the cache."""
-        raise NotImplementedError
+    # `_is_step(idx, cache)` says whether `_run_step` can take idx (B, T), and `_run_step(idx, cache, attention_mask,
+    # wanted)` gives the logits (B, wanted, V) behind its last tokens and puts their keys and values into the cache
 
     @torch.inference_mode()
     def _decode(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
