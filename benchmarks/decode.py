@@ -377,7 +377,7 @@ def int8(args: argparse.Namespace, model: GPTLanguageModel, folder: Path) -> dic
     for kind, weights in KINDS.items():
         small = FastGPT(mini, weights, compile=False)
         loss[kind] = statistics.fmean(small(w[:, :-1], w[:, 1:])[1].item() for w in windows.split(8))
-        size = FastGPT(model, weights, compile=False).nbytes / 1e6
+        size = NativeGPT(model, weights).nbytes / 1e6
         change = loss[kind] / loss["float32"] - 1
         out[kind] = {"held-out loss": round(loss[kind], 5), "change": round(change, 6), "megabytes": round(size, 1)}
         print(f"{kind:9} loss of mini {loss[kind]:.4f} nats ({change:+.3%}), GPT-2's shape takes {size:.0f} MB")

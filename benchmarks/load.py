@@ -6,8 +6,9 @@ The weights are random, in the shapes of the named models, in one safetensors fi
 in the page cache. Every load has a process of its own, split off from one in which all imports are done and both
 libraries have loaded a tiny model. Measured are the call itself, the first logits after it (a file that was only mapped
 is read then), and the peak of the process's memory above what it was before the call, as a multiple of the model's
-bytes. Both libraries load in turn, and the ratio is the median of the rounds' ratios. The same for the two layouts
-with checksums, which this library verifies, its own file and OpenAI's, set against Transformers and the plain file.
+bytes. Both libraries load in turn, every second round backwards, and the ratio is the median of the rounds' ratios. The
+same for the two layouts with checksums, which this library verifies, its own file and OpenAI's, set against
+Transformers and the plain file.
 Writes benchmarks/results/load.json. Linux only (it reads /proc).
 """
 
@@ -126,8 +127,8 @@ def write_openai(model, folder: Path) -> None:
 def compare(title: str, folders: dict[str, Path], dtype: str, repeats: int, threads: int) -> dict[str, dict]:
     """Medians of all candidates, and of the ratio of each to Transformers in the same round."""
     runs: dict[str, list[dict[str, float]]] = {who: [] for who in LAYOUTS}
-    for _ in range(repeats):
-        for who, layout in LAYOUTS.items():
+    for r in range(repeats):
+        for who, layout in list(LAYOUTS.items())[:: 1 if r % 2 == 0 else -1]:  # what ran before should not matter
             runs[who].append(in_child(threads, measure, who, folders[layout], dtype))
     rows: dict[str, dict] = {}
     for who, all_runs in runs.items():

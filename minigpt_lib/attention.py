@@ -65,8 +65,8 @@ class KVStore(Protocol):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, nh, T, hs) of one layer; return all of that layer so far, each (B, nh, pos + T, hs)."""
 
-    def advance(self, T: int) -> None:
-        """Count T more positions as stored, once every layer has appended its own."""
+    def advance(self, idx: Tensor) -> None:
+        """Count the tokens idx (B, T) as stored, once every layer has appended their keys and values."""
 
 # %% ../notebooks/02_attention.ipynb #e8835826
 class CausalSelfAttention(nn.Module):

@@ -15,7 +15,7 @@ from .model import GPTConfig, GPTLanguageModel
 class _CacheMemory:
     """Preallocated `keys` and `values`, each (n_layer, B, nh, max_len, hs); `pos` positions are filled.
 
-    `ids` (B, max_len) notes which tokens they were, -1 where nobody said.
+    `ids` (B, max_len) are the tokens that they belong to.
     Raises ValueError for a max_len outside 1..n_ctx and a batch_size below 1.
     """
 
@@ -37,7 +37,7 @@ class _CacheMemory:
         with torch.inference_mode(False):  # usable everywhere, also when it is made in inference mode
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
-            self.ids = torch.full((batch_size, max_len), -1, dtype=torch.int64, device=device)
+            self.ids = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
         self.pos = 0
 
     @classmethod
@@ -63,11 +63,7 @@ class _CacheMemory:
 
 # %% ../notebooks/06_kv_cache.ipynb #8868e1c5
 class _CachePointer(_CacheMemory):
-    """What moves `pos` back, and the notes that say how far."""
-
-    def remember(self, idx: Tensor) -> None:
-        """Note that the last T filled positions were idx (B, T)."""
-        self.ids[:, self.pos - idx.size(1) : self.pos] = idx
+    """What moves `pos` back."""
 
     def reuse(self, idx: Tensor) -> int:
         """Keep the longest beginning that all rows share with idx (B, T), at most T - 1 tokens; return its length."""
@@ -103,10 +99,11 @@ class KVCache(_CachePointer):
         self.values[layer, :, :, self.pos : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def advance(self, T: int) -> None:
-        """Count T more positions as filled; the model calls it once all layers have stored theirs."""
-        self.ids[:, self.pos : self.pos + T] = -1
-        self.pos += T
+    def advance(self, idx: Tensor) -> None:
+        """Count the tokens idx (B, T) as held; the model calls it once all layers have stored theirs."""
+        end = self.pos + idx.size(1)
+        self.ids[:, self.pos : end] = idx
+        self.pos = end
 
     def copy(self) -> Self:
         """A cache of its own with the same content, e.g. to continue one prompt in several ways."""
@@ -131,8 +128,7 @@ def prefill(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1; None reads everything in one pass")
-    for part in idx.split(chunk or idx.size(1) or 1, dim=1):  # (B, at most chunk)
+    for part in (idx,) if chunk is None else idx.split(chunk, dim=1):  # (B, at most chunk)
         mask = None if attention_mask is None else attention_mask[:, : cache.pos + part.size(1)]
         logits = model.last_logits(part, cache, mask)  # (B, V)
-        cache.remember(part)
     return logits

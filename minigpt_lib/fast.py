@@ -48,13 +48,13 @@ def bucket(length: int, longest: int, shortest: int = 64) -> int:
 class _PackedGPT(GPTLanguageModel):
     """A model with packed linear layers around the LayerNorms, positions and dtype of another."""
 
-    def __init__(self, model: GPTLanguageModel, weights: str | None, *, tall: bool, packed: bool):
+    def __init__(self, model: GPTLanguageModel, weights: str | None, *, packed: bool):
         with torch.device("meta"):
             super().__init__(model.config)
         for name, layer in list(self.named_modules()):
             theirs, (path, _, child) = model.get_submodule(name), name.rpartition(".")
             if isinstance(layer, nn.Linear):
-                setattr(self.get_submodule(path), child, PackedLinear(theirs, weights, tall=tall, packed=packed))
+                setattr(self.get_submodule(path), child, PackedLinear(theirs, weights, packed=packed))
             else:
                 for kind, parameter in theirs.named_parameters(recurse=False):
                     setattr(layer, kind, parameter)
@@ -84,7 +84,7 @@ class _SteppingGPT(_PackedGPT):
         cache.check_room(idx.size(0), end)
         _check_cache(cache, self, idx.size(0), end)
         logits = self._run_step(idx, cache, attention_mask, wanted)
-        cache.advance(idx.size(1))
+        cache.advance(idx)
         return logits
 
     def forward(
@@ -248,9 +248,9 @@ class FastGPT(_DecodingGPT):
     takes from some seconds to a minute (`compile_seconds`; torch keeps the result on disk for the next time); on a GPU
     it is recorded as a CUDA graph, once per cache and bucket. batch_size and rows: the prompts in a batch and the new
     tokens per step that are compiled for; other shapes run uncompiled, and so do steps of more than `FEW` tokens on a
-    CPU, where oneDNN's products of a whole batch are the faster ones. Later changes of the model's weights may or may
-    not be seen: make a new one. Raises ValueError for options out of range and an adapter that is not merged,
-    RuntimeError where no C++ compiler is found.
+    CPU, where oneDNN's products of a whole batch are the faster ones (float32 weights in its order need the token table
+    beside them). Later changes of the model's weights may or may not be seen: make a new one. Raises ValueError for
+    options out of range and an adapter that is not merged, RuntimeError where no C++ compiler is found.
     """
 
     def __init__(
@@ -268,8 +268,8 @@ class FastGPT(_DecodingGPT):
         if on_cpu:
             rows = tuple(T for T in rows if batch_size * T <= FEW)
         plain = on_cpu and table.dtype == torch.float32 and weights is None
-        packed = plain and batch_size > FEW and torch.backends.mkldnn.is_available()
-        super().__init__(model, weights, tall=not compile, packed=packed)
+        few = compile and batch_size <= FEW
+        super().__init__(model, weights, packed=plain and not few and torch.backends.mkldnn.is_available())
         self.compiled, self.batch_size, self.rows = compile, batch_size, rows
         self._recordings: weakref.WeakKeyDictionary[KVCache, dict] = weakref.WeakKeyDictionary()
         self._run: dict[int, Callable[..., Tensor]] = {}  # a compiled step for each T in rows

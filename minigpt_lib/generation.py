@@ -208,7 +208,9 @@ def _decode(model: GPTLanguageModel, job: _Job) -> Iterator[Step]:
                 new = job.ids[:, start + cache.pos : t]  # (B, what the cache does not hold)
                 logits = prefill(model, new, cache, attention_mask=mask, chunk=options.prefill_chunk)  # (B, V)
             ids, probability = _choose(logits, seen, options)
-            job.ids[:, t] = torch.where(done, job.ids[:, t - 1], ids)  # a finished row repeats its stop id
+            if len(job.stop_ids):  # a finished row repeats its own
+                ids = torch.where(done, job.ids[:, t - 1], ids)
+            job.ids[:, t] = ids
             if seen is not None:
                 seen.scatter_(1, job.ids[:, t : t + 1], True)
             yield Step(job.ids[:, t], logits, probability)

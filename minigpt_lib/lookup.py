@@ -60,7 +60,6 @@ def _verify(model: GPTLanguageModel, known: Tensor, guess: Tensor, cache: KVCach
     fed = torch.cat([known[:, start:], guess[None]], dim=1)  # (1, 1 + g)
     choice = model(fed, kv_cache=cache)[0][0].argmax(-1)  # (1 + g,)
     agreed = int((choice[:-1] == guess).long().cumprod(0).sum())
-    cache.remember(fed)
     cache.truncate(start + 1 + agreed)
     return choice[: agreed + 1]
 

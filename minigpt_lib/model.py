@@ -137,7 +137,7 @@ def check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError, calling the ids `what`, unless all lie in 0 … vocab_size - 1; on a GPU this waits for it."""
     if ids.is_meta or torch.compiler.is_compiling():
         return  # no values to look at
-    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    low, high = (int(t) for t in torch.aminmax(ids))
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"{what} {bad} is outside the vocabulary: ids run from 0 to {vocab_size - 1}")
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             x = run(x, mask, kv_cache, i)
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.advance(idx)
         return self.ln_f(x)
 
 # %% ../notebooks/03_gpt2_model.ipynb #af4c902a

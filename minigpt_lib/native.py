@@ -331,7 +331,7 @@ class NativeGPT(_SteppingGPT):
 
     weights: None for float32, "bfloat16" or "int8" for smaller ones; everything between the layers stays float32.
     Up to `MOST` tokens at a time, new ones or a prompt, in one text or several, with padding or without, run in C++ on
-    as many threads as `torch.get_num_threads()` says; more than that run as in `FastGPT(compile=False)`. The first one
+    as many threads as `torch.get_num_threads()` says; more than that run in PyTorch. The first one
     on a machine compiles it (`compile_seconds`, about two). Later changes of the model's weights may or may not be
     seen: make a new one. Raises ValueError for other dtypes, devices and forms of weights and for an adapter that is
     not merged, RuntimeError where no C++ compiler is found or it fails.
@@ -345,7 +345,7 @@ class NativeGPT(_SteppingGPT):
         begin = time.perf_counter()
         self._function = getattr(_library(compile_step()), f"step_{weights or 'float32'}")
         self.compile_seconds = time.perf_counter() - begin
-        super().__init__(model, weights, tall=False, packed=False)
+        super().__init__(model, weights, packed=False)
         self._held = [None if t is None else t.detach() for t in _in_order(self)]  # whatever becomes of a parameter
         addresses = [0 if t is None else t.data_ptr() for t in self._held]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)

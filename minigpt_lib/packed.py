@@ -30,19 +30,17 @@ BLOCK = 512  # so many rows of a smaller matrix are widened at a time outside of
 class PackedLinear(nn.Module):
     """A linear layer whose weights are only read, in a form that suits decoding: x (..., in) -> (..., out).
 
-    weights: None keeps the dtype of `linear`, "bfloat16" and "int8" store less. `tall` stores a matrix with more
-    outputs than inputs as (in, out). `packed` keeps a float32 matrix in oneDNN's own order, for many rows at once.
+    weights: None keeps the dtype of `linear`, "bfloat16" and "int8" store less. `packed` keeps a float32 matrix in
+    oneDNN's own order.
     """
 
-    def __init__(self, linear: nn.Linear, weights: str | None = None, *, tall: bool = False, packed: bool = False):
+    def __init__(self, linear: nn.Linear, weights: str | None = None, *, packed: bool = False):
         super().__init__()
         weight, scale = linear.weight.detach().contiguous(), None
         if weights == "int8":
             weight, scale = quantize_int8(weight)
         elif weights is not None:
             weight = weight.to(getattr(torch, weights))
-        if tall and weight.size(0) > weight.size(1):
-            weight = weight.t().contiguous().t()  # the same (out, in) matrix, its columns side by side in memory
         self.packed = packed
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, 16) if packed else weight)
         self.register_buffer("scale", scale)
@@ -64,8 +62,6 @@ class PackedLinear(nn.Module):
             return y.reshape(*x.shape[:-1], -1)
         if w.dtype != x.dtype and not x.is_cuda:
             return torch.cat([F.linear(x, block.to(x.dtype)) for block in w.split(BLOCK)], dim=-1)
-        if rows == 1 and not x.is_cuda:
-            return torch.mv(w, x.reshape(-1)).reshape(*x.shape[:-1], -1)
         return F.linear(x, w.to(x.dtype))
 
 # %% ../notebooks/06b_fast_decoding.ipynb #56bc772b

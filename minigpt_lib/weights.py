@@ -294,18 +294,27 @@ def _open_folder(folder: Path) -> tuple[GPTConfig, dict[str, StoredTensor]]:
     return read_config(folder / "config.json"), safetensors_entries(folder)
 
 # %% ../notebooks/05_loading_weights.ipynb #abacf84d
+def _fill(model: GPTLanguageModel, stored: Mapping[str, Tensor]) -> None:
+    """Make the tensors, in the hub's layout, the parameters of the model, and tie its head."""
+    tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in stored.items()}
+    tensors["lm_head.weight"] = tensors["wte.weight"]
+    for path, module in model.named_modules():
+        for kind in dict(module.named_parameters(recurse=False)):
+            setattr(module, kind, torch.nn.Parameter(tensors[f"{path}.{kind}"]))
+    model.lm_head.weight = model.wte.weight
+
+
 def _load_all(
     entries: Mapping[str, StoredTensor], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The parameters behind `entries`, every value looked at; the four matrices are transposed views."""
+    """The tensors behind `entries`, every value looked at."""
     files = {path: map_file(path) for path in {t.path for t in entries.values()}}
     mapped = all(t.crc is None and can_map(t.dtype, device, dtype) for t in entries.values())
     if mapped and all_finite(entries.values(), files):
-        tensors = [t.stored(files[t.path]).view(t.shape) for t in entries.values()]
-    else:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            tensors = list(pool.map(lambda t: t.load(device, dtype, files[t.path]), entries.values()))
-    return {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in zip(entries, tensors, strict=True)}
+        return {name: t.stored(files[t.path]).view(t.shape) for name, t in entries.items()}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        loaded = pool.map(lambda t: t.load(device, dtype, files[t.path]), entries.values())
+        return dict(zip(entries, loaded, strict=True))
 
 # %% ../notebooks/05_loading_weights.ipynb #ee82a1ed
 def load_pretrained(
@@ -322,12 +331,10 @@ def load_pretrained(
     config, entries = _open_folder(folder)
     model = _skeleton(config)
     try:
-        state = _load_all(_fitting(entries, _shapes(model), any_dtype=dtype is not None), device, dtype)
+        _fill(model, _load_all(_fitting(entries, _shapes(model), any_dtype=dtype is not None), device, dtype))
     except WeightsError as error:
         file = next((t.path for t in entries.values()), folder)
         raise WeightsError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]}, strict=True, assign=True)
-    model.lm_head.weight = model.wte.weight  # assignment made two parameters of them: tie them again
     return model.eval()
 
 # %% ../notebooks/05_loading_weights.ipynb #f4e4c6c1

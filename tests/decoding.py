@@ -26,7 +26,7 @@ def random_model(config: GPTConfig = CONFIG) -> GPTLanguageModel:
 
 def twin_of(model: GPTLanguageModel) -> GPT2LMHeadModel:
     """Transformers' GPT-2 with the same weights."""
-    twin = GPT2LMHeadModel(GPT2Config(**config_to_hf(model.config))).eval()
+    twin = GPT2LMHeadModel(GPT2Config(**config_to_hf(model.config))).eval().to(model.wpe.weight.dtype)
     twin.transformer.load_state_dict(to_hf_state(model.state_dict()))
     twin.tie_weights()
     return twin

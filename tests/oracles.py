@@ -23,5 +23,5 @@ class AppendingStore:
         self.kept[layer] = k, v
         return k, v
 
-    def advance(self, T: int) -> None:
-        self.pos += T
+    def advance(self, idx: Tensor) -> None:
+        self.pos += idx.size(1)

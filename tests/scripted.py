@@ -74,7 +74,7 @@ class Scripted(GPTLanguageModel):
         time.sleep(self.pause)
         self.calls += 1
         if kv_cache is not None:
-            kv_cache.advance(idx.size(1))
+            kv_cache.advance(idx)
         return idx[..., None].float()  # (B, T, 1): what the head needs to know
 
 

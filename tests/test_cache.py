@@ -167,14 +167,18 @@ def test_reuse_keeps_the_longest_common_beginning(model, shared, length):
         assert (got - model(second)[0][:, -1]).abs().max() <= 2e-5
 
 
-def test_positions_that_nobody_noted_are_not_reused(model):
+def test_what_the_model_reads_by_itself_is_noted_too(model):
     first, second = prompt(10), prompt(10)
+    second[0, [0, 4]] = (first[0, [0, 4]] + 1) % 71
     cache = KVCache.for_model(model)
     with torch.no_grad():
         prefill(model, first, cache)
         cache.reset()
-        model(second, kv_cache=cache)  # the model knows no ids: those of `first` must not stand for these keys
+        model(second, kv_cache=cache)  # the ids of `first` must not stand for these keys
         assert cache.reuse(first) == 0
+        model(second, kv_cache=cache)
+        assert cache.reuse(torch.cat([second, first], dim=1)) == 10
+        cache.reset()
         prefill(model, first, cache)
         cache.truncate(4)
         model(second[:, 4:8], kv_cache=cache)

@@ -12,7 +12,7 @@ from minigpt_lib.cache import KVCache
 from minigpt_lib.fast import FastGPT, bucket, cpp_compiler
 from minigpt_lib.generation import generate, stream
 from minigpt_lib.lookup import generate_lookup
-from minigpt_lib.lora import add_lora, merge_lora
+from minigpt_lib.lora import add_lora, lora_disabled, merge_lora
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
 from minigpt_lib.packed import BLOCK, PackedLinear, quantize_int8
 
@@ -49,10 +49,9 @@ def test_int8_is_within_half_a_step_and_uses_the_range(seed):
 
 
 @pytest.mark.parametrize("weights", FORMS)
-@pytest.mark.parametrize("tall", [False, True])
 @pytest.mark.parametrize(("n_in", "n_out"), [(24, 56), (56, 24), (24, 24)])
 @pytest.mark.parametrize("rows", [(1,), (3,), (1, 1), (2, 5), (1, 20)])
-def test_packed_linear_is_the_layer_with_the_rounded_weights(seed, weights, tall, n_in, n_out, rows):
+def test_packed_linear_is_the_layer_with_the_rounded_weights(seed, weights, n_in, n_out, rows):
     layer = nn.Linear(n_in, n_out)
     x = torch.randn(*rows, n_in)
     w = layer.weight.detach()
@@ -61,7 +60,7 @@ def test_packed_linear_is_the_layer_with_the_rounded_weights(seed, weights, tall
     if weights == "int8":
         step = w.abs().amax(1, keepdim=True) / 127
         w = (w / step).round() * step
-    got = PackedLinear(layer, weights, tall=tall)(x)
+    got = PackedLinear(layer, weights)(x)
     assert got.shape == (*rows, n_out)
     assert (got - F.linear(x, w, layer.bias)).abs().max() <= 2e-6
 
@@ -116,8 +115,9 @@ def test_making_a_fast_copy_leaves_the_model_alone(model):
 
 
 def test_sizes(model):
-    full = FastGPT(model, compile=False).nbytes
-    assert full == 4 * model.num_parameters()
+    full, table = 4 * model.num_parameters(), 4 * model.wte.weight.numel()
+    twice = table if torch.backends.mkldnn.is_available() else 0  # in oneDNN's order no row can be looked up
+    assert FastGPT(model, compile=False).nbytes == full + twice
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("wpe"))
     assert FastGPT(model, "bfloat16", compile=False).nbytes == full - 2 * matrices
     rows = sum(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
@@ -144,8 +144,12 @@ def test_a_merged_adapter_is_part_of_the_weights(model):
             p.data.normal_(0, 0.3)
     idx = prompt(20)
     with torch.no_grad():
-        want, fast = model(idx)[0], FastGPT(merge_lora(model), compile=False)
-        assert (fast(idx)[0] - want).abs().max() <= 3e-5
+        want = model(idx)[0]
+        with lora_disabled(model):
+            base = model(idx)[0]
+        fast = FastGPT(merge_lora(model), compile=False)
+        assert (fast(idx)[0] - want).abs().max() <= 5e-4  # such factors make attention sharp, and rounding matters
+        assert (fast(idx)[0] - base).abs().max() >= 0.1
 
 
 def test_without_a_compiler_it_says_so_and_how_to_go_on(model, monkeypatch):
@@ -334,7 +338,7 @@ def test_a_longer_window_changes_nothing(model, padded):
                 inputs, keys, values = step._inputs(idx[:, t : t + 1], cache, mask[:, : t + 1], S or t + 1)
                 got = step._step(*inputs, keys, values)[:, 0]
                 assert (got - want[:, t]).abs().max() <= 3e-5
-                cache.advance(1)
+                cache.advance(idx[:, t : t + 1])
 
 
 @on_gpu
