@@ -85,8 +85,13 @@ def run_generate(args: argparse.Namespace) -> int:
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "min_p", "repetition_penalty")
     sampling = Sampling(use_cache=not args.no_cache, **{name: getattr(args, name) for name in names})
     adapter = args.adapter or ("auto" if args.chat else "none")
-    models = load_models(args.model, None if adapter == "none" else adapter, args.device)
+    device = args.device or ("cpu" if args.fast else None)
+    models = load_models(args.model, None if adapter == "none" else adapter, device)
     model = models.at(next(iter(models.adapters), NO_ADAPTER), args.strength)
+    if args.fast:
+        from minigpt_lib.native import NativeGPT
+
+        model = NativeGPT(model, None if args.fast == "float32" else args.fast)
     for prompt in prompts:
         try:
             if args.chat:
@@ -441,6 +446,8 @@ def _generate_options(p: _Parser) -> None:
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="N", help="1 is off")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to write")
     p.add_argument("--seed", type=int, metavar="N", help="makes sampling repeat itself")
+    kinds = ("float32", "bfloat16", "int8")
+    p.add_argument("--fast", choices=kinds, help="decode in C++ with such weights, on the CPU (needs a compiler)")
     p.add_argument("--no-cache", action="store_true", help="compute without the KV cache, for comparison")
     p.add_argument("--stats", action="store_true", help="print tokens per second to stderr at the end")
     p.epilog = "exit codes: 0 done, 1 some of --lines were refused, 2 wrong options or input, 130 stopped with Ctrl-C"

@@ -17,9 +17,11 @@ from minigpt_lib.app import build_app, launch
 from minigpt_lib.chat import load_models
 from minigpt_lib.cli import build_parser, main
 from minigpt_lib.evaluation import reply
+from minigpt_lib.fast import cpp_compiler
 from minigpt_lib.generation import generate
 from minigpt_lib.lora import add_lora, lora_layers, lora_parameters
 from minigpt_lib.model import GPTConfig, GPTLanguageModel
+from minigpt_lib.native import NativeGPT
 from minigpt_lib.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,6 +207,38 @@ def test_a_seed_repeats_and_the_cache_changes_nothing_but_the_time(folder, capsy
         assert run("generate", "Hi", "--model", folder, "--temperature", 1.5, "--top-k", 0, "--top-p", 1, *more) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2] and len(set(texts)) == 3
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="a step in C++ needs a compiler")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_fast_decodes_in_cpp_with_these_weights(folder, capsys, monkeypatch, kind):
+    made = []
+
+    class Spied(NativeGPT):
+        def __init__(self, model, weights=None):
+            super().__init__(model, weights)
+            made.append((weights or "float32", self))
+
+    monkeypatch.setattr("minigpt_lib.native.NativeGPT", Spied)
+    words = ["generate", "Hi", "--model", folder, "--temperature", 0, "--max-new-tokens", 20]
+    assert run(*words, "--fast", kind) == 0
+    text, [(weights, fast)] = capsys.readouterr().out, made
+    assert weights == kind and fast.h[0].mlp.c_fc.weight.dtype == getattr(torch, kind)
+    models = load_models(folder, None, "cpu")
+    idx = torch.tensor([models.enc.encode_ordinary("Hi")])
+    wanted = generate(fast, idx, 20, temperature=0, stop_ids=[models.enc.eot_token])[0].tolist()
+    assert text == models.enc.decode([i for i in wanted if i != models.enc.eot_token]) + "\n"
+    if kind == "float32":
+        assert run(*words) == 0 and capsys.readouterr().out == text
+
+
+def test_fast_needs_a_compiler_and_says_so(folder, capsys, monkeypatch):
+    words = ["generate", "Hi", "--model", folder, "--fast"]
+    assert run(*words, "int4") == 2 and "bfloat16" in capsys.readouterr().err
+    for name in ("CXX", "PATH"):
+        monkeypatch.setenv(name, "")
+    assert run(*words, "int8") == 2
+    assert "needs a C++ compiler" in capsys.readouterr().err
 
 
 def test_the_prompt_may_come_from_stdin(folder, capsys, monkeypatch):
