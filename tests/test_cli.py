@@ -212,18 +212,22 @@ def test_a_seed_repeats_and_the_cache_changes_nothing_but_the_time(folder, capsy
 @pytest.mark.skipif(cpp_compiler() is None, reason="a step in C++ needs a compiler")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_fast_decodes_in_cpp_with_these_weights(folder, capsys, monkeypatch, kind):
-    made = []
+    made, called = [], []
 
     class Spied(NativeGPT):
         def __init__(self, model, weights=None):
             super().__init__(model, weights)
             made.append((weights or "float32", self))
 
+        def _call(self, text):
+            called.append(text)
+            return super()._call(text)
+
     monkeypatch.setattr("minigpt_lib.native.NativeGPT", Spied)
     words = ["generate", "Hi", "--model", folder, "--temperature", 0, "--max-new-tokens", 20]
     assert run(*words, "--fast", kind) == 0
     text, [(weights, fast)] = capsys.readouterr().out, made
-    assert weights == kind and fast.h[0].mlp.c_fc.weight.dtype == getattr(torch, kind)
+    assert called and weights == kind and fast.h[0].mlp.c_fc.weight.dtype == getattr(torch, kind)
     models = load_models(folder, None, "cpu")
     idx = torch.tensor([models.enc.encode_ordinary("Hi")])
     wanted = generate(fast, idx, 20, temperature=0, stop_ids=[models.enc.eot_token])[0].tolist()
