@@ -31,7 +31,7 @@ chat: $(READY)  ## open the chat app on http://127.0.0.1:7860
 	$(BIN)/minigpt chat
 
 export: $(READY)  ## write minigpt_lib/ from the notebooks
-	$(BIN)/nbdev-export
+	$(BIN)/python tools/export.py
 
 notebooks: $(READY)  ## run every notebook from a clean kernel, in order, and store the outputs
 	$(BIN)/python tests/run_notebooks.py

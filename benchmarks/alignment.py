@@ -33,19 +33,19 @@ from pathlib import Path
 import torch
 from common import machine
 
-from minigpt_lib.adapters import load_adapter
-from minigpt_lib.batching import LengthBatches, encode_records
-from minigpt_lib.evaluation import complete, decode_reply, recall, reply_rates
-from minigpt_lib.files import write_atomically
-from minigpt_lib.lora import count_trainable, lora_disabled
-from minigpt_lib.loss import evaluate_loss
-from minigpt_lib.model import GPTConfig
-from minigpt_lib.records import load_records
-from minigpt_lib.runtime import data_dir
-from minigpt_lib.sft import Recipe, finetune, recipe_for
-from minigpt_lib.template import encode_prompt
-from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.weights import load_pretrained
+from minigpt_lib.atomic import write_atomically
+from minigpt_lib.model.gpt import GPTConfig
+from minigpt_lib.paths import data_dir
+from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.training.loss import evaluate_loss
+from minigpt_lib.tuning.batching import LengthBatches, encode_records
+from minigpt_lib.tuning.chat_template import encode_prompt
+from minigpt_lib.tuning.lora import count_trainable, lora_disabled
+from minigpt_lib.tuning.metrics import complete, decode_reply, recall, reply_rates
+from minigpt_lib.tuning.peft_io import load_adapter
+from minigpt_lib.tuning.records import load_records
+from minigpt_lib.tuning.sft import Recipe, finetune, recipe_for
+from minigpt_lib.weights.pretrained import load_pretrained
 
 ALL_LINEAR = ("c_attn", "c_proj", "c_fc")
 TOO_HIGH = 20  # times the recipe's learning rate

@@ -25,15 +25,15 @@ from common import RESULTS, interleaved, machine, summary, write
 from transformers.utils import logging
 from workers import Worker
 
-from minigpt_lib.cache import KVCache
-from minigpt_lib.fast import FastGPT
-from minigpt_lib.generation import generate, stream
-from minigpt_lib.lookup import generate_lookup
-from minigpt_lib.model import PRESETS, GPTConfig, GPTLanguageModel
-from minigpt_lib.native import MOST, NativeGPT, _text
-from minigpt_lib.packed import FEW
-from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.weights import load_pretrained
+from minigpt_lib.generation.compiled import FastGPT
+from minigpt_lib.generation.decode import generate, stream
+from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.native import MOST, NativeGPT, _text
+from minigpt_lib.generation.prompt_lookup import generate_lookup
+from minigpt_lib.generation.quantized import FEW
+from minigpt_lib.model.gpt import PRESETS, GPTConfig, GPTLanguageModel
+from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.weights.pretrained import load_pretrained
 
 BATCHES = (1, 4, 16)
 LENGTHS = (32, 64, 128, 256, 512, 900)

@@ -28,9 +28,10 @@ import transformers
 from common import machine, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minigpt_lib.model import GPTConfig
-from minigpt_lib.tensor_files import crc32c
-from minigpt_lib.weights import config_to_hf, load_pretrained, save_pretrained, to_hf_state
+from minigpt_lib.model.gpt import GPTConfig
+from minigpt_lib.weights.convert import config_to_hf, to_hf_state
+from minigpt_lib.weights.crc32c import crc32c
+from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -38,16 +38,17 @@ import torch
 import transformers
 from common import RESULTS, machine
 
-from minigpt_lib.batching import Example, LengthBatches, encode_records, pad, real_share
-from minigpt_lib.files import write_atomically
-from minigpt_lib.lora import add_lora, lora_parameters
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.optimization import TrainConfig, configure_optimizer
-from minigpt_lib.records import load_records
-from minigpt_lib.runtime import data_dir, pick_device
-from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.training import train_step
-from minigpt_lib.weights import to_hf_state
+from minigpt_lib.atomic import write_atomically
+from minigpt_lib.devices import pick_device
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.paths import data_dir
+from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.training.loop import train_step
+from minigpt_lib.training.optim import TrainConfig, configure_optimizer
+from minigpt_lib.tuning.batching import Example, LengthBatches, encode_records, pad, real_share
+from minigpt_lib.tuning.lora import add_lora, lora_parameters
+from minigpt_lib.tuning.records import load_records
+from minigpt_lib.weights.convert import to_hf_state
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ALPACA = SHARED / "alpaca" / "alpaca_en_demo.json"

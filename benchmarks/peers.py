@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt_lib.model import GPTLanguageModel
-from minigpt_lib.weights import save_pretrained
+from minigpt_lib.model.gpt import GPTLanguageModel
+from minigpt_lib.weights.pretrained import save_pretrained
 
 Decode = Callable[[list[int], int], list[int]]
 HAVE_CT2, HAVE_LLAMA = (find_spec(name) is not None for name in ("ctranslate2", "llama_cpp"))

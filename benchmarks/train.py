@@ -26,11 +26,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from common import interleaved, machine, summary, write
 
-from minigpt_lib.checkpoints import load_checkpoint, save_checkpoint
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.optimization import TrainConfig, configure_optimizer
-from minigpt_lib.training import train_step
-from minigpt_lib.watch import flops_per_token, measured_peak
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.training.checkpoint import load_checkpoint, save_checkpoint
+from minigpt_lib.training.loop import train_step
+from minigpt_lib.training.monitor import flops_per_token, measured_peak
+from minigpt_lib.training.optim import TrainConfig, configure_optimizer
 
 LR = 1e-4
 OURS, RECOMPUTED, PEER = "minigpt", "minigpt, gradient checkpointing", "peer"

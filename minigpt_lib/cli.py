@@ -66,7 +66,7 @@ def _out_folder(out: str, resume: bool) -> Path:
 # %% ../notebooks/09_chat.ipynb #86c1bf63
 def run_chat(args: argparse.Namespace) -> None:
     """Serve the chat page until Ctrl-C."""
-    from minigpt_lib.app import build_app, check_port, launch
+    from minigpt_lib.chat.app import build_app, check_port, launch
 
     port = check_port(args.port)  # before the slow part
     adapter = args.adapter[0] if args.adapter in (["auto"], ["none"]) else args.adapter
@@ -79,7 +79,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     Returns 1 if some of --lines were refused, each of which says so and leaves the others alone, else 0.
     """
-    from minigpt_lib.chat import NO_ADAPTER, Sampling, load_models, stream_reply, stream_text
+    from minigpt_lib.chat.session import NO_ADAPTER, Sampling, load_models, stream_reply, stream_text
 
     prompts, refused = _prompts(args), 0
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "min_p", "repetition_penalty")
@@ -89,7 +89,7 @@ def run_generate(args: argparse.Namespace) -> int:
     models = load_models(args.model, None if adapter == "none" else adapter, device)
     model = models.at(next(iter(models.adapters), NO_ADAPTER), args.strength)
     if args.fast:
-        from minigpt_lib.native import NativeGPT
+        from minigpt_lib.generation.native import NativeGPT
 
         model = NativeGPT(model, None if args.fast == "float32" else args.fast)
     for prompt in prompts:
@@ -158,12 +158,14 @@ def run_pretrain(args: argparse.Namespace) -> None:
     _figure()  # better missed now than after the training
     import os
 
-    from minigpt_lib.corpus import heldout_batches, load_tokens
-    from minigpt_lib.loss import evaluate_loss
-    from minigpt_lib.optimization import TrainConfig
-    from minigpt_lib.runtime import data_dir, pick_device
-    from minigpt_lib.training import pretrain
-    from minigpt_lib.weights import load_pretrained, save_pretrained
+    from minigpt_lib.devices import pick_device
+    from minigpt_lib.paths import data_dir
+    from minigpt_lib.training.data import heldout_batches
+    from minigpt_lib.training.loss import evaluate_loss
+    from minigpt_lib.training.optim import TrainConfig
+    from minigpt_lib.training.run import pretrain
+    from minigpt_lib.training.token_files import load_tokens
+    from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
     out, config, enc = _out_folder(args.out, args.resume), *_shape(args.init or args.model)
     course = data_dir() / "corpus"
@@ -201,9 +203,9 @@ def _beside(file: Path, name: str, asked: str | None) -> Path | None:
 # %% ../notebooks/09_chat.ipynb #c0de96e6
 def _shape(model: str) -> tuple[Any, Any]:
     """The config and the tokenizer of a model, without its weights."""
-    from minigpt_lib.model import PRESETS, GPTConfig
-    from minigpt_lib.tokenizer import load_tokenizer
-    from minigpt_lib.weights import read_config
+    from minigpt_lib.model.gpt import PRESETS, GPTConfig
+    from minigpt_lib.text.tokenizer import load_tokenizer
+    from minigpt_lib.weights.convert import read_config
 
     enc = load_tokenizer(model)
     return (GPTConfig.preset(model) if model in PRESETS else read_config(Path(model) / "config.json")), enc
@@ -213,8 +215,8 @@ def _facts(model: Any, enc: Any) -> dict[str, int]:
     """How many of the facts that the course's corpus states are completed correctly."""
     import json
 
-    from minigpt_lib.evaluation import recall_each
-    from minigpt_lib.runtime import data_dir
+    from minigpt_lib.paths import data_dir
+    from minigpt_lib.tuning.metrics import recall_each
 
     facts = json.loads((data_dir() / "facts.json").read_text("utf-8"))
     facts = [fact for fact in facts if fact["group"] in ("tuned", "pretrained")]
@@ -232,8 +234,8 @@ def _record(
 
     import torch
 
-    from minigpt_lib.checkpoints import delete_checkpoints
-    from minigpt_lib.files import write_atomically
+    from minigpt_lib.atomic import write_atomically
+    from minigpt_lib.training.checkpoint import delete_checkpoints
 
     every = -(-len(history) // 400)
     facts = {
@@ -279,11 +281,12 @@ def run_finetune(args: argparse.Namespace) -> None:
     import time
     from dataclasses import asdict
 
-    from minigpt_lib.adapters import save_adapter
-    from minigpt_lib.runtime import pick_device
-    from minigpt_lib.sft import finetune
-    from minigpt_lib.tokenizer import load_tokenizer
-    from minigpt_lib.weights import HUB, load_pretrained
+    from minigpt_lib.devices import pick_device
+    from minigpt_lib.text.tokenizer import load_tokenizer
+    from minigpt_lib.tuning.peft_io import save_adapter
+    from minigpt_lib.tuning.sft import finetune
+    from minigpt_lib.weights.hub import HUB
+    from minigpt_lib.weights.pretrained import load_pretrained
 
     out = _out_folder(args.out or f"runs/{Path(args.model).name}-{'full' if args.full else 'adapter'}", args.resume)
     records, val_records = _instructions(args)
@@ -308,7 +311,7 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
     """The recipe for the model's size and its TrainConfig, with what the command line says otherwise."""
     from dataclasses import replace
 
-    from minigpt_lib.sft import recipe_for
+    from minigpt_lib.tuning.sft import recipe_for
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     recipe = recipe_for(config)
@@ -324,8 +327,8 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
 # %% ../notebooks/09_chat.ipynb #f40a1800
 def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
     """The records to learn and those to measure the loss on, as --data, --val, --clean and --limit say."""
-    from minigpt_lib.records import clean_records, fetch_alpaca, load_records, read_records, split_records
-    from minigpt_lib.runtime import data_dir
+    from minigpt_lib.paths import data_dir
+    from minigpt_lib.tuning.records import clean_records, fetch_alpaca, load_records, read_records, split_records
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")
@@ -349,7 +352,7 @@ def _untrained(name: str, seed: int) -> Any:
     """A model of a named shape with random weights: it learns nothing of use, but shows that every part runs."""
     import torch
 
-    from minigpt_lib.model import GPTConfig, GPTLanguageModel
+    from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)  # whoever resumes needs the same weights
@@ -358,10 +361,10 @@ def _untrained(name: str, seed: int) -> Any:
 # %% ../notebooks/09_chat.ipynb #76ce324c
 def run_export(args: argparse.Namespace) -> None:
     """Write a model in the Hugging Face layout; an adapter is merged into it, or goes beside it into adapter/."""
-    from minigpt_lib.adapters import load_adapter, save_adapter
-    from minigpt_lib.lora import merge_lora, remove_lora
-    from minigpt_lib.tokenizer import load_tokenizer
-    from minigpt_lib.weights import load_pretrained, save_pretrained
+    from minigpt_lib.text.tokenizer import load_tokenizer
+    from minigpt_lib.tuning.lora import merge_lora, remove_lora
+    from minigpt_lib.tuning.peft_io import load_adapter, save_adapter
+    from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
     if args.merge and not args.adapter:
         raise ValueError("--merge needs the adapter to merge: --adapter FOLDER")
@@ -381,10 +384,10 @@ def run_export(args: argparse.Namespace) -> None:
 # %% ../notebooks/09_chat.ipynb #7bcb5947
 def run_verify(args: argparse.Namespace) -> int:
     """Compare a model with what is known about it; returns 0, 1 for a difference, 3 when the weights are not here."""
+    from minigpt_lib.devices import pick_device
     from minigpt_lib.download import FetchError
-    from minigpt_lib.hub import fetch_openai
-    from minigpt_lib.runtime import pick_device
-    from minigpt_lib.verify import format_checks, known_goldens, verify, write_goldens
+    from minigpt_lib.weights.hub import fetch_openai
+    from minigpt_lib.weights.verify import format_checks, known_goldens, verify, write_goldens
 
     model = args.name or args.model
     try:

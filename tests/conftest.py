@@ -10,7 +10,7 @@ import tiktoken
 import torch
 from instructions import tiny_encoding, tiny_model
 
-from minigpt_lib.model import GPTLanguageModel
+from minigpt_lib.model.gpt import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,9 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minigpt_lib.cache import KVCache
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.weights import config_to_hf, to_hf_state
+from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.weights.convert import config_to_hf, to_hf_state
 
 CONFIG = GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=3, n_head=4, dropout=0.3)
 

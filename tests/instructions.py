@@ -4,8 +4,8 @@ import random
 
 import tiktoken
 
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.tokenizer import GPT2_PATTERN
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.text.bpe import GPT2_PATTERN
 
 END = "<|endoftext|>"
 WORDS = ["apple", "river", "User", "Assistant", ":", "\n", END, "42", "dog's", "ünï", "日本", ",", ".", "!", "("]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from browser import chromium, watched
 
-from minigpt_lib.app import build_app, launch
+from minigpt_lib.chat.app import build_app, launch
 
 PICTURE = Path(__file__).resolve().parents[1] / "notebooks" / "images" / "chat.png"
 UNSURE = 7  # the token of the last reply whose alternatives are shown

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from tiny import batch_of, build, flat, losses, windows_of
 
-from minigpt_lib.distributed import current_ranks, process_group, whole_model
-from minigpt_lib.loss import evaluate_loss
-from minigpt_lib.optimization import TrainConfig
-from minigpt_lib.training import train
+from minigpt_lib.training.distributed import current_ranks, process_group, whole_model
+from minigpt_lib.training.loop import train
+from minigpt_lib.training.loss import evaluate_loss
+from minigpt_lib.training.optim import TrainConfig
 
 CFG = TrainConfig(steps=8, batch_size=4, accumulate=3, lr=3e-3, warmup=2, eval_every=3, checkpoint_every=4)
 

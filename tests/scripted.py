@@ -7,12 +7,12 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from minigpt_lib.adapters import save_adapter
-from minigpt_lib.chat import ChatModels
-from minigpt_lib.lora import add_lora, lora_parameters
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.tokenizer import load_tokenizer, save_ranks
-from minigpt_lib.weights import save_pretrained
+from minigpt_lib.chat.session import ChatModels
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.text.tokenizer import load_tokenizer, save_ranks
+from minigpt_lib.tuning.lora import add_lora, lora_parameters
+from minigpt_lib.tuning.peft_io import save_adapter
+from minigpt_lib.weights.pretrained import save_pretrained
 
 BYTES = {bytes([i]): i for i in range(256)}  # a vocabulary without a single merge: one token a byte
 TINY = GPTConfig(vocab_size=257, n_ctx=256, n_embd=32, n_layer=2, n_head=2)

@@ -11,7 +11,7 @@ from oracles import AppendingStore, assert_close
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from minigpt_lib.attention import CausalSelfAttention, KVStore, attention, causal_mask, fused_attention
+from minigpt_lib.model.attention import CausalSelfAttention, KVStore, attention, causal_mask, fused_attention
 
 LENGTHS = [(1, 1), (2, 2), (9, 9), (1, 7), (3, 8), (7, 8)]  # (T, S)
 

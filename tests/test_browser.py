@@ -11,9 +11,9 @@ import torch
 from browser import chromium, watched
 from scripted import TINY, scripted_models, tiny_folder
 
-from minigpt_lib.app import QUEUE, WORKERS
-from minigpt_lib.chat import load_models
-from minigpt_lib.insight import attention_maps
+from minigpt_lib.chat.app import QUEUE, WORKERS
+from minigpt_lib.chat.inspect import attention_maps
+from minigpt_lib.chat.session import load_models
 
 pytest.importorskip("gradio", reason="the chat app needs Gradio")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -22,7 +22,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The address of an app whose tuned model writes capitals for ever, its base small letters once; and both."""
-    from minigpt_lib.app import build_app, launch
+    from minigpt_lib.chat.app import build_app, launch
 
     models = scripted_models(tmp_path_factory.mktemp("app"), base="abcdefghij.", tuned=LETTERS, pause=0.03)
     app = build_app(models)
@@ -33,7 +33,7 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="module")
 def several_heads(tmp_path_factory):
     """The address of an app over a random model of three layers of two heads, and the models."""
-    from minigpt_lib.app import build_app, launch
+    from minigpt_lib.chat.app import build_app, launch
 
     torch.manual_seed(0)
     config = replace(TINY, n_layer=3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from decoding import CONFIG, pad, prompt, random_model
 
-from minigpt_lib.cache import KVCache, prefill
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
+from minigpt_lib.generation.kv_cache import KVCache, prefill
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 
 GPT2_SMALL = GPTConfig.preset("gpt2")
 

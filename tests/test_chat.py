@@ -13,9 +13,20 @@ import pytest
 import torch
 from scripted import TINY, byte_encoding, scripted_models, tiny_folder
 
-from minigpt_lib.adapters import load_adapter
-from minigpt_lib.cache import KVCache
-from minigpt_lib.chat import (
+from minigpt_lib.chat.handlers import CONTROLS, HISTORY_CHARS, MAX_CHARS, ChatHandlers, bounded, checked_history
+from minigpt_lib.chat.inspect import MAX_LOOK, attention_maps, choice, choices, token_text
+from minigpt_lib.chat.layout import conversation
+from minigpt_lib.chat.pages import (
+    answer_card,
+    attention_table,
+    heads_overview,
+    notice,
+    odds,
+    paced,
+    status_line,
+    token_strip,
+)
+from minigpt_lib.chat.session import (
     LIMITS,
     LRU,
     NO_ADAPTER,
@@ -29,25 +40,14 @@ from minigpt_lib.chat import (
     stream_text,
     twin,
 )
-from minigpt_lib.evaluation import reply
-from minigpt_lib.generation import generate, steps
-from minigpt_lib.handlers import CONTROLS, HISTORY_CHARS, MAX_CHARS, ChatHandlers, bounded, checked_history
-from minigpt_lib.insight import MAX_LOOK, attention_maps, choice, choices, token_text
-from minigpt_lib.layout import conversation
-from minigpt_lib.lora import add_lora, lora_disabled, lora_layers, lora_parameters, merge_lora
-from minigpt_lib.model import GPTLanguageModel
-from minigpt_lib.pages import (
-    answer_card,
-    attention_table,
-    heads_overview,
-    notice,
-    odds,
-    paced,
-    status_line,
-    token_strip,
-)
-from minigpt_lib.template import encode_prompt
-from minigpt_lib.weights import load_pretrained
+from minigpt_lib.generation.decode import generate, steps
+from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.model.gpt import GPTLanguageModel
+from minigpt_lib.tuning.chat_template import encode_prompt
+from minigpt_lib.tuning.lora import add_lora, lora_disabled, lora_layers, lora_parameters, merge_lora
+from minigpt_lib.tuning.metrics import reply
+from minigpt_lib.tuning.peft_io import load_adapter
+from minigpt_lib.weights.pretrained import load_pretrained
 
 GREEDY = (0, 0, 1, 40, True, "")  # the controls in the page's order
 

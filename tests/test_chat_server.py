@@ -17,12 +17,12 @@ import torch
 from scripted import scripted_models, tiny_folder
 
 import minigpt_lib
-from minigpt_lib.app import QUEUE, SESSIONS, WORKERS, build_app, check_port, launch
-from minigpt_lib.chat import Sampling, load_models, stream_reply
-from minigpt_lib.evaluation import reply
-from minigpt_lib.generation import generate
-from minigpt_lib.handlers import CONTROLS, ChatHandlers
-from minigpt_lib.insight import attention_maps
+from minigpt_lib.chat.app import QUEUE, SESSIONS, WORKERS, build_app, check_port, launch
+from minigpt_lib.chat.handlers import CONTROLS, ChatHandlers
+from minigpt_lib.chat.inspect import attention_maps
+from minigpt_lib.chat.session import Sampling, load_models, stream_reply
+from minigpt_lib.generation.decode import generate
+from minigpt_lib.tuning.metrics import reply
 
 GREEDY = (0, 0, 1, 40, True, "")  # the controls in the page's order; those left out are as at the start
 
@@ -267,7 +267,7 @@ met, connect, look_up = [], socket.socket.connect, socket.getaddrinfo
 socket.socket.connect = lambda self, address: (met.append(address[0]), connect(self, address))[1]
 socket.getaddrinfo = lambda host, *more, **named: (met.append(host), look_up(host, *more, **named))[1]
 from scripted import scripted_models
-from minigpt_lib.app import build_app, launch
+from minigpt_lib.chat.app import build_app, launch
 app = build_app(scripted_models(Path(sys.argv[1]), base="a.", tuned="AB."))
 print(launch(app, 0, block=False), flush=True)
 print(Path(sys.modules["minigpt_lib"].__file__).resolve(), flush=True)

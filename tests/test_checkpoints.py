@@ -1,4 +1,4 @@
-"""minigpt_lib.checkpoints and minigpt_lib.files: real kills, damaged files, full disks, Ctrl-C."""
+"""minigpt_lib.training.checkpoint and minigpt_lib.atomic: real kills, damaged files, full disks, Ctrl-C."""
 
 import json
 import os
@@ -19,11 +19,17 @@ import pytest
 import torch
 from tiny import build, flat, losses, windows_of
 
-from minigpt_lib import files
-from minigpt_lib.checkpoints import checkpoints, delete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from minigpt_lib.files import write_atomically
-from minigpt_lib.optimization import TrainConfig, configure_optimizer
-from minigpt_lib.training import interrupt_flag, train
+from minigpt_lib import atomic as files
+from minigpt_lib.atomic import write_atomically
+from minigpt_lib.training.checkpoint import (
+    checkpoints,
+    delete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from minigpt_lib.training.loop import interrupt_flag, train
+from minigpt_lib.training.optim import TrainConfig, configure_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = TrainConfig(steps=12, lr=3e-3, warmup=3, accumulate=2, checkpoint_every=3)
@@ -108,10 +114,10 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, seed):
 
 
 def test_the_same_command_goes_on_after_kills(tmp_path, seed):
-    """`python -m minigpt_lib.training`, killed twice at random moments, then left alone: as if never killed."""
+    """`python -m minigpt_lib.training.run`, killed twice at random moments, then left alone: as if never killed."""
     rng = random.Random(seed)
     (tmp_path / "text.txt").write_text(" ".join(rng.choices(["one", "two", "red", "blue", "bird.", "stone"], k=3000)))
-    words = [sys.executable, "-m", "minigpt_lib.training", str(tmp_path / "text.txt"), "--window", "16"]
+    words = [sys.executable, "-m", "minigpt_lib.training.run", str(tmp_path / "text.txt"), "--window", "16"]
     words += ["--steps", "40", "--batch-size", "2", "--seed", str(seed), "--device", "cpu", "--out"]
     often = [*words, str(tmp_path / "killed"), "--checkpoint-every", "1"]
     options = {"cwd": ROOT, "stderr": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": str(ROOT)}}

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 from scripted import TINY, byte_encoding, tiny_folder
 
-from minigpt_lib.adapters import load_adapter, save_adapter
-from minigpt_lib.app import build_app, launch
-from minigpt_lib.chat import load_models
+from minigpt_lib.chat.app import build_app, launch
+from minigpt_lib.chat.session import load_models
 from minigpt_lib.cli import build_parser, main
-from minigpt_lib.evaluation import reply
-from minigpt_lib.fast import cpp_compiler
-from minigpt_lib.generation import generate
-from minigpt_lib.lora import add_lora, lora_layers, lora_parameters
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.native import NativeGPT
-from minigpt_lib.weights import load_pretrained, save_pretrained
+from minigpt_lib.generation.compiled import cpp_compiler
+from minigpt_lib.generation.decode import generate
+from minigpt_lib.generation.native import NativeGPT
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.tuning.lora import add_lora, lora_layers, lora_parameters
+from minigpt_lib.tuning.metrics import reply
+from minigpt_lib.tuning.peft_io import load_adapter, save_adapter
+from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["chat", "generate", "pretrain", "finetune", "export", "verify"]
@@ -223,7 +223,7 @@ def test_fast_decodes_in_cpp_with_these_weights(folder, capsys, monkeypatch, kin
             called.append(text)
             return super()._call(text)
 
-    monkeypatch.setattr("minigpt_lib.native.NativeGPT", Spied)
+    monkeypatch.setattr("minigpt_lib.generation.native.NativeGPT", Spied)
     words = ["generate", "Hi", "--model", folder, "--temperature", 0, "--max-new-tokens", 20]
     assert run(*words, "--fast", kind) == 0
     text, [(weights, fast)] = capsys.readouterr().out, made
@@ -409,7 +409,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(folder, tmp_
     (tmp_path / "train.txt").write_text("One two three four five. " * 300)
     words = ["pretrain", "--model", folder, "--data", "train.txt", "--steps", 8, "--batch-size", 2, "--window", 16]
     assert run(*words, "--out", "whole") == 0
-    import minigpt_lib.training as training
+    import minigpt_lib.training.loop as training
 
     step, done = training.train_step, []
 
@@ -482,7 +482,7 @@ def test_cleaning_that_leaves_nothing_says_so(folder, tmp_path, capsys):
 def test_an_interrupted_tuning_goes_on(folder, tmp_path, capsys, monkeypatch):
     import signal
 
-    import minigpt_lib.training as training
+    import minigpt_lib.training.loop as training
 
     records = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(12)]
     (tmp_path / "train.json").write_text(json.dumps(records))
@@ -506,8 +506,8 @@ def test_an_interrupted_tuning_goes_on(folder, tmp_path, capsys, monkeypatch):
 
 def test_the_recipe_for_gpt2_runs_through_without_official_weights(gpt2_encoding, tmp_path, monkeypatch, capsys):
     """The command of the course's recipe, on random weights; the preset is narrow in depth here, not in width."""
-    import minigpt_lib.model as model
-    import minigpt_lib.records as records
+    import minigpt_lib.model.gpt as model
+    import minigpt_lib.tuning.records as records
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIGPT_DEVICE", "cpu")
@@ -526,7 +526,7 @@ def test_the_recipe_for_gpt2_runs_through_without_official_weights(gpt2_encoding
 
 
 def test_finetune_fetches_alpaca_when_asked(folder, tmp_path, monkeypatch, capsys):
-    import minigpt_lib.records as records
+    import minigpt_lib.tuning.records as records
 
     file = tmp_path / "alpaca.json"
     file.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n}."} for n in range(60)]))

@@ -1,4 +1,4 @@
-"""minigpt_lib.corpus: windows, and token files against tiktoken's own encoding of the whole text."""
+"""minigpt_lib.training.data: windows, and token files against tiktoken's own encoding of the whole text."""
 
 import hashlib
 import random
@@ -10,14 +10,14 @@ import tiktoken
 import torch
 from tiny import T, windows_of
 
-from minigpt_lib.corpus import (
+from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.training.data import TokenWindows, heldout_batches
+from minigpt_lib.training.token_files import (
     HEADER,
-    TokenWindows,
     build_token_file,
     encode_corpus,
     encode_texts,
     find_texts,
-    heldout_batches,
     load_tokens,
     open_tokens,
     read_documents,
@@ -25,7 +25,6 @@ from minigpt_lib.corpus import (
     tokenizer_hash,
     tokens_hash,
 )
-from minigpt_lib.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("trial", range(4))

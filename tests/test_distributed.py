@@ -13,8 +13,16 @@ import torch.nn as nn
 from ranks import runs
 from tiny import batch_of, build
 
-from minigpt_lib.distributed import Ranks, all_sum, current_ranks, own_rows, parallelised, process_group, synchronised
-from minigpt_lib.loss import SummedLoss, count_targets
+from minigpt_lib.training.distributed import (
+    Ranks,
+    all_sum,
+    current_ranks,
+    own_rows,
+    parallelised,
+    process_group,
+    synchronised,
+)
+from minigpt_lib.training.loss import SummedLoss, count_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,8 +64,8 @@ def test_two_ranks_equal_one_process(tmp_path, seed):
 @needs_gloo
 def test_the_module_runs_under_torchrun_and_goes_on(tmp_path):
     (tmp_path / "text.txt").write_text("One two three four five. " * 400)
-    words = ["-m", "minigpt_lib.training", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--window", "16"]
-    words += ["--steps", "3", "--batch-size", "4", "--prompt", "One", "--device", "cpu"]
+    words = ["-m", "minigpt_lib.training.run", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    words += ["--window", "16", "--steps", "3", "--batch-size", "4", "--prompt", "One", "--device", "cpu"]
     for _ in range(2):
         done = torchrun(*words)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -115,8 +123,8 @@ def test_without_torchrun_nothing_is_distributed(seed, monkeypatch):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_gradients_travel_once_a_step(micro, seed, monkeypatch):
     """With `no_sync` in all micro-batches but the last, as DistributedDataParallel itself sees it."""
-    from minigpt_lib import training
-    from minigpt_lib.optimization import TrainConfig, configure_optimizer
+    from minigpt_lib.training import loop as training
+    from minigpt_lib.training.optim import TrainConfig, configure_optimizer
 
     class Spy(nn.parallel.DistributedDataParallel):
         def __init__(self, module):
@@ -137,6 +145,6 @@ def test_gradients_travel_once_a_step(micro, seed, monkeypatch):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_join_over_nccl(tmp_path):
     (tmp_path / "text.txt").write_text("One two three four five. " * 400)
-    done = torchrun("-m", "minigpt_lib.training", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"),
+    done = torchrun("-m", "minigpt_lib.training.run", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"),
                     "--window", "16", "--steps", "3", "--batch-size", "4", "--device", "cuda")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

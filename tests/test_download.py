@@ -11,9 +11,9 @@ import tiktoken
 from serving import File, Server, serve
 
 from minigpt_lib import download as module
-from minigpt_lib import tokenizer
 from minigpt_lib.download import FetchError, download, offline, openai_url
-from minigpt_lib.tokenizer import load_tokenizer
+from minigpt_lib.text import tokenizer
+from minigpt_lib.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 2**14  # bytes are written in pieces of this size; of one that is cut nothing is kept

@@ -6,8 +6,11 @@ import pytest
 import torch
 from instructions import some_records, text
 
-from minigpt_lib.adapters import load_adapter
-from minigpt_lib.evaluation import (
+from minigpt_lib.paths import data_dir
+from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.tuning.chat_template import encode_prompt
+from minigpt_lib.tuning.lora import lora_disabled
+from minigpt_lib.tuning.metrics import (
     complete,
     decode_reply,
     format_rate,
@@ -18,12 +21,9 @@ from minigpt_lib.evaluation import (
     reply_rates,
     states,
 )
-from minigpt_lib.lora import lora_disabled
-from minigpt_lib.records import load_records
-from minigpt_lib.runtime import data_dir
-from minigpt_lib.template import encode_prompt
-from minigpt_lib.tokenizer import load_tokenizer
-from minigpt_lib.weights import load_pretrained
+from minigpt_lib.tuning.peft_io import load_adapter
+from minigpt_lib.tuning.records import load_records
+from minigpt_lib.weights.pretrained import load_pretrained
 
 
 def test_batched_answers_equal_single_ones(model, enc):
@@ -41,7 +41,8 @@ def test_batched_answers_equal_single_ones(model, enc):
 def test_reply_reads_up_to_the_end_token(model, enc, monkeypatch):
     answer = enc.encode_ordinary(" Hi there. ") + [enc.eot_token] + enc.encode_ordinary("junk")
     monkeypatch.setattr(
-        "minigpt_lib.evaluation.generate", lambda model, idx, new, **kw: torch.cat([idx, torch.tensor([answer])], dim=1)
+        "minigpt_lib.tuning.metrics.generate",
+        lambda model, idx, new, **kw: torch.cat([idx, torch.tensor([answer])], dim=1),
     )
     assert reply(model, enc, "Hello") == "Hi there."
     assert decode_reply(enc, answer) == "Hi there." and decode_reply(enc, []) == ""
@@ -107,7 +108,7 @@ def test_repeated_share(ids, n, want):
 def test_reply_rates(enc, model, monkeypatch):
     end, good = enc.eot_token, enc.encode_ordinary(" Yes, it is.")
     said = [[*good, end], good, [*enc.encode_ordinary(" No.\nUser: why"), end], [*[65] * 8, end]]
-    monkeypatch.setattr("minigpt_lib.evaluation.complete", lambda model, enc, prompts, new: said[: len(prompts)])
+    monkeypatch.setattr("minigpt_lib.tuning.metrics.complete", lambda model, enc, prompts, new: said[: len(prompts)])
     rates = reply_rates(model, enc, some_records(4))
     assert (rates["format"], rates["end"]) == (2 / 4, 3 / 4)
     assert rates["repeated"] == pytest.approx(sum(map(repeated_share, said)) / 4) and rates["repeated"] > 0.1

@@ -8,13 +8,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from decoding import greedy_slow, one_by_one, pad, prompt, random_model, rounded
 
-from minigpt_lib.cache import KVCache
-from minigpt_lib.fast import FastGPT, bucket, cpp_compiler
-from minigpt_lib.generation import generate, stream
-from minigpt_lib.lookup import generate_lookup
-from minigpt_lib.lora import add_lora, lora_disabled, merge_lora
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.packed import BLOCK, PackedLinear, quantize_int8
+from minigpt_lib.generation.compiled import FastGPT, bucket, cpp_compiler
+from minigpt_lib.generation.decode import generate, stream
+from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.prompt_lookup import generate_lookup
+from minigpt_lib.generation.quantized import BLOCK, PackedLinear, quantize_int8
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.tuning.lora import add_lora, lora_disabled, merge_lora
 
 compiling = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler for torch.compile was found")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")

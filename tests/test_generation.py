@@ -12,10 +12,10 @@ import transformers
 from decoding import CONFIG, greedy_slow, pad, prompt, random_model, twin_of
 from transformers import GPT2LMHeadModel
 
-from minigpt_lib.cache import KVCache
-from minigpt_lib.generation import decode_stream, generate, steps, stream
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.sampling import filter_logits, penalize_repeats
+from minigpt_lib.generation.decode import decode_stream, generate, steps, stream
+from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.sampling import filter_logits, penalize_repeats
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 
 transformers.utils.logging.set_verbosity_error()
 

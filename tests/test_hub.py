@@ -17,11 +17,11 @@ from tf_writer import random_tensors, write
 
 from minigpt_lib.cli import main
 from minigpt_lib.download import FetchError
-from minigpt_lib.hub import HUB, OPENAI, check_sha256, fetch, fetch_openai, openai_cache
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.runtime import MODEL_NAMES
-from minigpt_lib.tensor_files import WeightsError
-from minigpt_lib.weights import load_pretrained, save_pretrained
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.paths import MODEL_NAMES
+from minigpt_lib.weights.hub import HUB, OPENAI, check_sha256, fetch, fetch_openai, openai_cache
+from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
+from minigpt_lib.weights.stored import WeightsError
 
 ROOT = Path(__file__).resolve().parents[1]
 REVISION = HUB["gpt2"][1]
@@ -59,7 +59,8 @@ def elsewhere(code: str, server: Server | None, cache: Path, **env: str) -> subp
     settings = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     settings |= {"HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
     settings |= {"HF_ENDPOINT": server.url} if server else {}
-    head = "import sys, hashlib\nfrom minigpt_lib import hub\nfrom minigpt_lib.weights import load_pretrained\n"
+    head = "import sys, hashlib\nimport minigpt_lib.weights.hub as hub\n"
+    head += "from minigpt_lib.weights.pretrained import load_pretrained\n"
     return subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, env=settings | env, capture_output=True,
                           text=True, timeout=300)  # fmt: skip
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from decoding import CONFIG, prompt, random_model
 
-from minigpt_lib.cache import KVCache
-from minigpt_lib.generation import generate
-from minigpt_lib.lookup import generate_lookup, propose
-from minigpt_lib.model import GPTLanguageModel
+from minigpt_lib.generation.decode import generate
+from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.prompt_lookup import generate_lookup, propose
+from minigpt_lib.model.gpt import GPTLanguageModel
 
 
 @pytest.fixture
@@ -72,7 +72,9 @@ def test_a_stop_token_ends_it_also_inside_a_guess(parrot, place):
 def test_guesses_behind_the_stop_token_are_not_counted(model, monkeypatch):
     idx = prompt(4)
     free = generate(model, idx, 30, temperature=0)
-    monkeypatch.setattr("minigpt_lib.lookup.propose", lambda ids, draft, ngram: free[0, len(ids) : len(ids) + draft])
+    monkeypatch.setattr(
+        "minigpt_lib.generation.prompt_lookup.propose", lambda ids, draft, ngram: free[0, len(ids) : len(ids) + draft]
+    )
     stop = int(free[0, 6])
     new = free[0, 4:].tolist().index(stop) + 1  # 3, or less if it came before
     got = generate_lookup(model, idx, 30, stop_ids=[stop])

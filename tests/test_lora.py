@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from minigpt_lib.adapters import load_adapter, read_adapter_config, save_adapter
-from minigpt_lib.lora import (
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.tuning.lora import (
     LoRAConfig,
     LoRALinear,
     add_lora,
@@ -30,8 +30,8 @@ from minigpt_lib.lora import (
     unmerge_lora,
     use_adapters,
 )
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.weights import to_hf_state
+from minigpt_lib.tuning.peft_io import load_adapter, read_adapter_config, save_adapter
+from minigpt_lib.weights.convert import to_hf_state
 
 SHAPE = {"vocab_size": 61, "n_ctx": 24, "n_embd": 24, "n_layer": 2, "n_head": 3}
 TARGETS = [("c_attn",), ("c_attn", "mlp.c_proj"), ("c_attn", "c_proj", "c_fc"), ("attn.c_proj", "c_fc")]
@@ -733,7 +733,7 @@ def test_a_failed_save_leaves_the_old_files(model, adapter, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("minigpt_lib.adapters.save_file", full_disk)
+    monkeypatch.setattr("minigpt_lib.tuning.peft_io.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_adapter(other, adapter)
     assert {name: (adapter / name).read_bytes() for name in before} == before

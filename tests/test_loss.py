@@ -1,4 +1,4 @@
-"""minigpt_lib.loss against PyTorch's cross-entropy on whole logits, and what it keeps in memory."""
+"""minigpt_lib.training.loss against PyTorch's cross-entropy on whole logits, and what it keeps in memory."""
 
 import copy
 import random
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tiny import TINY, T, V, batch_of, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minigpt_lib import loss as loss_module
-from minigpt_lib.loss import CHUNK, amp_dtype, chunked_cross_entropy, count_targets, evaluate_loss, summed_loss
+from minigpt_lib.training import loss as loss_module
+from minigpt_lib.training.loss import CHUNK, amp_dtype, chunked_cross_entropy, count_targets, evaluate_loss, summed_loss
 
 
 class Made(TorchDispatchMode):

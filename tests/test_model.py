@@ -13,7 +13,7 @@ from oracles import AppendingStore, assert_close
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minigpt_lib.model import (
+from minigpt_lib.model.gpt import (
     MLP,
     PRESETS,
     Block,

@@ -11,14 +11,14 @@ import torch
 import torch.nn as nn
 from decoding import greedy_slow, one_by_one, pad, prompt, random_model, rounded, twin_of
 
-from minigpt_lib import native
-from minigpt_lib.cache import KVCache, prefill
-from minigpt_lib.fast import cpp_compiler
-from minigpt_lib.generation import generate, stream
-from minigpt_lib.lookup import generate_lookup
-from minigpt_lib.lora import add_lora, merge_lora
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.native import MOST, NativeGPT, compile_step
+from minigpt_lib.generation import native
+from minigpt_lib.generation.compiled import cpp_compiler
+from minigpt_lib.generation.decode import generate, stream
+from minigpt_lib.generation.kv_cache import KVCache, prefill
+from minigpt_lib.generation.native import MOST, NativeGPT, compile_step
+from minigpt_lib.generation.prompt_lookup import generate_lookup
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.tuning.lora import add_lora, merge_lora
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler was found")
 FORMS = [None, "bfloat16", "int8"]

@@ -10,7 +10,7 @@ import types
 import pytest
 from instructions import some_records, text
 
-from minigpt_lib.records import (
+from minigpt_lib.tuning.records import (
     check_records,
     clean_records,
     fetch_alpaca,

@@ -72,12 +72,12 @@ def test_the_library_is_what_the_notebooks_export(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=passing)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
-    for module in (tmp_path / "minigpt_lib").glob("*.py"):
+    for module in (tmp_path / "minigpt_lib").rglob("*.py"):
         module.unlink()
-    export = Path(sys.executable).with_name("nbdev-export")
-    subprocess.run([export], cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    ours = sorted(p.name for p in (ROOT / "minigpt_lib").glob("*.py"))
-    assert sorted(p.name for p in (tmp_path / "minigpt_lib").glob("*.py")) == ours
+    subprocess.run([sys.executable, "tools/export.py"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    ours = sorted(str(p.relative_to(ROOT / "minigpt_lib")) for p in (ROOT / "minigpt_lib").rglob("*.py"))
+    theirs = sorted(str(p.relative_to(tmp_path / "minigpt_lib")) for p in (tmp_path / "minigpt_lib").rglob("*.py"))
+    assert theirs == ours
     same, different, errors = filecmp.cmpfiles(ROOT / "minigpt_lib", tmp_path / "minigpt_lib", ours, shallow=False)
     assert not different and not errors and len(same) == len(ours)
 

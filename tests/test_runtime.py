@@ -7,19 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt_lib import runtime
-from minigpt_lib.runtime import (
-    MODEL_NAMES,
-    DeviceInfo,
-    ModelChoice,
-    check_model_name,
-    choose_model,
-    data_dir,
-    describe_device,
-    pick_device,
-    pick_dtype,
-    seed_everything,
-)
+from minigpt_lib import devices, paths
+from minigpt_lib.devices import DeviceInfo, describe_device, pick_device, pick_dtype, seed_everything
+from minigpt_lib.paths import MODEL_NAMES, ModelChoice, check_model_name, choose_model, data_dir
 
 
 @pytest.fixture(autouse=True)
@@ -122,13 +112,13 @@ def test_what_the_system_does_not_say_is_unknown(monkeypatch):
     def nothing(*_args, **_kwargs):
         raise OSError("no such file")
 
-    monkeypatch.setattr(runtime.os, "sysconf", nothing, raising=False)
-    monkeypatch.setattr(runtime.Path, "read_text", nothing)
-    monkeypatch.setattr(runtime.platform, "processor", lambda: "")
-    monkeypatch.setattr(runtime.platform, "machine", lambda: "")
+    monkeypatch.setattr(devices.os, "sysconf", nothing, raising=False)
+    monkeypatch.setattr(devices.Path, "read_text", nothing)
+    monkeypatch.setattr(devices.platform, "processor", lambda: "")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "")
     info = describe_device("cpu")
     assert info.memory is None and info.name == "unknown"
-    monkeypatch.delattr(runtime.os, "sysconf", raising=False)  # as on Windows
+    monkeypatch.delattr(devices.os, "sysconf", raising=False)  # as on Windows
     assert describe_device("cpu").memory is None
 
 
@@ -211,7 +201,7 @@ def test_a_working_copy_and_a_wheel_both_find_their_data(monkeypatch, tmp_path, 
     package = tmp_path / "minigpt_lib"
     package.mkdir()
     spec = SimpleNamespace(origin=str(package / "__init__.py"))
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(FileNotFoundError) as caught:
         data_dir()
     assert str(tmp_path / "data") in str(caught.value) and str(package / "data") in str(caught.value)

@@ -8,15 +8,15 @@ import pytest
 import torch
 from instructions import SIMPLE
 
-from minigpt_lib.adapters import load_adapter
-from minigpt_lib.batching import encode_records
-from minigpt_lib.evaluation import format_rate, recall, recall_each, reply
-from minigpt_lib.lora import add_lora, lora_layers, lora_parameters, merge_lora
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.sft import RECIPES, Recipe, finetune, recipe_for
-from minigpt_lib.template import encode_prompt
-from minigpt_lib.training import TrainConfig
-from minigpt_lib.weights import load_pretrained
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.training.optim import TrainConfig
+from minigpt_lib.tuning.batching import encode_records
+from minigpt_lib.tuning.chat_template import encode_prompt
+from minigpt_lib.tuning.lora import add_lora, lora_layers, lora_parameters, merge_lora
+from minigpt_lib.tuning.metrics import format_rate, recall, recall_each, reply
+from minigpt_lib.tuning.peft_io import load_adapter
+from minigpt_lib.tuning.sft import RECIPES, Recipe, finetune, recipe_for
+from minigpt_lib.weights.pretrained import load_pretrained
 
 TINY = Recipe(4, 8, 0.0, ("c_attn", "c_proj", "c_fc"), epochs=2, batch_size=4, lr=3e-2, lr_full=5e-3, max_len=100)
 

@@ -6,9 +6,9 @@ import pytest
 import tiktoken
 from instructions import END, some_records, text, tiny_encoding, words
 
-from minigpt_lib.batching import encode_record
-from minigpt_lib.records import record_messages
-from minigpt_lib.template import build_prompt, defuse, encode_prompt, encode_reply
+from minigpt_lib.tuning.batching import encode_record
+from minigpt_lib.tuning.chat_template import build_prompt, defuse, encode_prompt, encode_reply
+from minigpt_lib.tuning.records import record_messages
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minigpt_lib.model import GPTConfig
-from minigpt_lib.tensor_files import (
+from minigpt_lib.model.gpt import GPTConfig
+from minigpt_lib.weights.convert import config_to_hf
+from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
+from minigpt_lib.weights.stored import (
     StoredTensor,
     WeightsError,
     all_finite,
@@ -21,7 +23,6 @@ from minigpt_lib.tensor_files import (
     safetensors_entries,
     write_safetensors,
 )
-from minigpt_lib.weights import config_to_hf, load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = GPTConfig(83, 24, 20, 2, 5)
@@ -238,7 +239,7 @@ def test_the_124m_shape_there_and_back(tmp_path, seed):
 PEAK = """
 import sys, torch
 from pathlib import Path
-from minigpt_lib.weights import load_pretrained
+from minigpt_lib.weights.pretrained import load_pretrained
 def memory(key):
     return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if key in l)
 load_pretrained("mini")  # what is imported late

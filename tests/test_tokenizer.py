@@ -11,9 +11,9 @@ import regex
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
-from minigpt_lib import tokenizer
-from minigpt_lib.runtime import data_dir
-from minigpt_lib.tokenizer import (
+from minigpt_lib.paths import data_dir
+from minigpt_lib.text import tokenizer
+from minigpt_lib.text.bpe import (
     ENDOFTEXT,
     GPT2_PATTERN,
     BPETokenizer,
@@ -22,17 +22,14 @@ from minigpt_lib.tokenizer import (
     check_ranks,
     count_pretokens,
     iter_merges,
-    load_ranks,
-    load_tokenizer,
     merge_bytes,
     merge_pair,
     neighbours,
     replace_surrogates,
-    save_ranks,
     split_special,
     train_bpe,
-    train_tokenizer,
 )
+from minigpt_lib.text.tokenizer import load_ranks, load_tokenizer, save_ranks, train_tokenizer
 
 BYTES = {bytes([b]): b for b in range(256)}
 # OpenAI's pattern as GPT-2 was released with it

@@ -1,4 +1,4 @@
-"""minigpt_lib.training against plain PyTorch, Transformers, explicit formulas, and real kills."""
+"""minigpt_lib.training.loop against plain PyTorch, Transformers, explicit formulas, and real kills."""
 
 import math
 import random
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY, V, batch_of, build, flat, losses, windows_of
 
-from minigpt_lib.corpus import TokenWindows, encode_corpus
-from minigpt_lib.loss import count_targets, summed_loss
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.optimization import TrainConfig, configure_optimizer, lr_at
-from minigpt_lib.training import is_due, pretrain, run_step, train, train_step
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.training.data import TokenWindows
+from minigpt_lib.training.loop import is_due, run_step, train, train_step
+from minigpt_lib.training.loss import count_targets, summed_loss
+from minigpt_lib.training.optim import TrainConfig, configure_optimizer, lr_at
+from minigpt_lib.training.run import pretrain
+from minigpt_lib.training.token_files import encode_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 MATRICES = ("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -235,7 +237,7 @@ def test_gradient_checkpointing_changes_no_gradient(seed):
 
 
 def test_gradient_checkpointing_is_used_inside_the_loop(seed, monkeypatch):
-    from minigpt_lib import model as model_module
+    from minigpt_lib.model import gpt as model_module
 
     calls, real = [], model_module.checkpoint
     monkeypatch.setattr(model_module, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -372,7 +374,7 @@ def test_pretrain_refuses_what_cannot_work(tmp_path, byte_encoding, monkeypatch)
         go(config=TINY, window=8)
     with pytest.raises(ValueError, match="the text has 10 tokens, one window of 16 needs 17"):
         go(config=config, window=16)
-    monkeypatch.setattr("minigpt_lib.training._shared_tokens", lambda *a: pytest.fail("encoded first"))
+    monkeypatch.setattr("minigpt_lib.training.run._shared_tokens", lambda *a: pytest.fail("encoded first"))
     with pytest.raises(FileNotFoundError, match=r"no corpus file .*nowhere\.txt"):
         go(config=config, window=8, heldout=tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match="the text has 10 tokens, one window of 12 needs 13"):

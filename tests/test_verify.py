@@ -12,10 +12,19 @@ from transformers import GPT2LMHeadModel
 
 from minigpt_lib.cli import main
 from minigpt_lib.download import FetchError
-from minigpt_lib.hub import HUB
-from minigpt_lib.model import GPTConfig
-from minigpt_lib.verify import GOLDENS, continue_rows, format_checks, known_goldens, last_logits, verify, write_goldens
-from minigpt_lib.weights import load_pretrained, model_folder, parameter_shapes
+from minigpt_lib.model.gpt import GPTConfig
+from minigpt_lib.weights.convert import parameter_shapes
+from minigpt_lib.weights.hub import HUB
+from minigpt_lib.weights.pretrained import load_pretrained, model_folder
+from minigpt_lib.weights.verify import (
+    GOLDENS,
+    continue_rows,
+    format_checks,
+    known_goldens,
+    last_logits,
+    verify,
+    write_goldens,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,7 +153,7 @@ def test_what_is_not_known_is_said_and_not_passed(folder):
 
 
 def test_wrong_padding_is_noticed(folder, monkeypatch):
-    import minigpt_lib.model as module
+    import minigpt_lib.model.gpt as module
 
     original = module.padding_mask
 
@@ -195,7 +204,7 @@ def test_the_exit_code_says_pass_fail_and_absent(folder, tmp_path, capsys, monke
     def absent(name):
         raise FetchError("not in the cache")
 
-    monkeypatch.setattr("minigpt_lib.weights.fetch", absent)
+    monkeypatch.setattr("minigpt_lib.weights.convert.fetch", absent)
     capsys.readouterr()
     assert main(["verify", "gpt2"]) == 3
     err = capsys.readouterr().err

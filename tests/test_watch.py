@@ -1,4 +1,4 @@
-"""minigpt_lib.watch: what is shown and written while a run goes on."""
+"""minigpt_lib.training.monitor: what is shown and written while a run goes on."""
 
 import json
 import sys
@@ -8,10 +8,9 @@ import pytest
 import torch
 from tiny import batch_of, build, flat, windows_of
 
-from minigpt_lib.loss import SummedLoss, evaluate_loss
-from minigpt_lib.optimization import TrainConfig, lr_at
-from minigpt_lib.training import train
-from minigpt_lib.watch import (
+from minigpt_lib.training.loop import train
+from minigpt_lib.training.loss import SummedLoss, evaluate_loss
+from minigpt_lib.training.monitor import (
     flops_per_token,
     live_plot,
     measured_peak,
@@ -19,6 +18,7 @@ from minigpt_lib.watch import (
     sample_text,
     tensorboard_log,
 )
+from minigpt_lib.training.optim import TrainConfig, lr_at
 
 
 def test_history_evaluation_and_jsonl(tmp_path, seed):
@@ -91,7 +91,7 @@ def test_flops_leave_out_the_head_where_no_target_counts(seed, counted):
 
 
 def test_the_share_of_the_peak_counts_the_head_for_replies_alone(seed, monkeypatch):
-    import minigpt_lib.training as training
+    import minigpt_lib.training.loop as training
 
     monkeypatch.setattr(training, "measured_peak", lambda device, dtype: 2.0)
     model, (idx, targets) = build(seed), batch_of(seed, 2)

@@ -16,24 +16,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minigpt_lib import weights
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.runtime import MODEL_NAMES, ModelChoice, choose_model
-from minigpt_lib.weights import (
+from minigpt_lib.download import FetchError
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.paths import MODEL_NAMES, ModelChoice, choose_model
+from minigpt_lib.weights import pretrained as weights
+from minigpt_lib.weights.convert import (
     TRANSPOSED,
-    FetchError,
-    WeightsError,
     config_from_hf,
     config_to_hf,
-    fetch,
     from_hf_state,
-    load_course_model,
-    load_pretrained,
     parameter_shapes,
-    read_safetensors,
-    save_pretrained,
     to_hf_state,
 )
+from minigpt_lib.weights.hub import fetch
+from minigpt_lib.weights.pretrained import load_course_model, load_pretrained, save_pretrained
+from minigpt_lib.weights.stored import WeightsError, read_safetensors
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -474,7 +471,7 @@ def test_a_kill_at_any_rename_leaves_one_model_or_a_folder_that_is_refused(tmp_p
         save_pretrained(old, folder)
     save_pretrained(fresh, tmp_path / "fresh")
     code = (
-        "import os, sys\nfrom minigpt_lib.weights import load_pretrained, save_pretrained\n"
+        "import os, sys\nfrom minigpt_lib.weights.pretrained import load_pretrained, save_pretrained\n"
         "model, count, real = load_pretrained(sys.argv[1]), [0], os.replace\n"
         "def replace(*args):\n"
         "    count[0] += 1\n"
@@ -536,7 +533,7 @@ def test_nothing_is_saved_that_could_not_be_loaded(tmp_path, seed):
 
 
 def test_unmerged_lora_is_refused_and_merged_lora_saved(tmp_path, seed):
-    lora = pytest.importorskip("minigpt_lib.lora")
+    lora = pytest.importorskip("minigpt_lib.tuning.lora")
     model = lora.add_lora(random_model(), r=2)
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -553,7 +550,7 @@ def test_unmerged_lora_is_refused_and_merged_lora_saved(tmp_path, seed):
 
 
 def test_tokenizer_travels_with_the_model(tmp_path, seed):
-    from minigpt_lib.tokenizer import load_tokenizer
+    from minigpt_lib.text.tokenizer import load_tokenizer
 
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
     enc = tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from minigpt_lib.model import GPTConfig, GPTLanguageModel
-from minigpt_lib.training import TokenWindows
+from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.training.data import TokenWindows
 
 V, T = 61, 12
 TINY = GPTConfig(vocab_size=V, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
