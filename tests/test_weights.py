@@ -598,7 +598,8 @@ def mini_data(tmp_path, seed, monkeypatch) -> Path:
 
 def test_course_model_falls_back_to_mini_with_one_line(mini_data, monkeypatch, capsys):
     absent(monkeypatch)
-    model, enc = load_course_model(ModelChoice("gpt2", asked=False))
+    model, enc, loaded = load_course_model(ModelChoice("gpt2", asked=False))
+    assert loaded.name == "mini"
     assert (model.config.vocab_size, enc.n_vocab) == (257, 257)
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "gpt2" in printed and "mini" in printed
@@ -609,7 +610,7 @@ def test_course_model_falls_back_to_mini_with_one_line(mini_data, monkeypatch, c
 def test_course_model_from_a_folder_by_its_name(mini_data, capsys):
     """MINIGPT_MODEL=FOLDER: what save_pretrained wrote, tokenizer included, serves wherever a name does."""
     choice = choose_model("cpu", str(mini_data / "mini"))
-    model, enc = load_course_model(choice)
+    model, enc, loaded = load_course_model(choice)
     assert choice.asked and model.config == GPTConfig(257, 8, 12, 1, 2) and enc.n_vocab == 257
     (mini_data / "mini" / "tokenizer.tiktoken").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer"):
@@ -618,7 +619,7 @@ def test_course_model_from_a_folder_by_its_name(mini_data, capsys):
 
 
 def test_course_model_loads_mini_silently_and_a_damaged_one_not_at_all(mini_data, capsys):
-    model, enc = load_course_model(ModelChoice("mini", asked=False))
+    model, enc, loaded = load_course_model(ModelChoice("mini", asked=False))
     assert enc.eot_token == 256 and not model.training and capsys.readouterr().out == ""
     (mini_data / "mini" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):

@@ -145,7 +145,7 @@ def load_models(
     """
     choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model), asked=True)
     where = pick_device(None if device is None else str(device))
-    base, enc = load_course_model(choice, where, dtype=pick_dtype(where))
+    base, enc, choice = load_course_model(choice, where, dtype=pick_dtype(where))
     fell_back = choice.name in HUB and enc.name != "gpt2"
     name = enc.name if fell_back else choice.name
     if adapter == "auto":

@@ -4,9 +4,13 @@ from minigpt_lib.generation.compiled import FastGPT as FastGPT
 from minigpt_lib.generation.compiled import bucket as bucket
 from minigpt_lib.generation.compiled import cpp_compiler as cpp_compiler
 from minigpt_lib.generation.decode import DecodeOptions as DecodeOptions
+from minigpt_lib.generation.decode import DecodePlan as DecodePlan
 from minigpt_lib.generation.decode import Step as Step
+from minigpt_lib.generation.decode import check_cache as check_cache
 from minigpt_lib.generation.decode import decode_stream as decode_stream
+from minigpt_lib.generation.decode import evaluating as evaluating
 from minigpt_lib.generation.decode import generate as generate
+from minigpt_lib.generation.decode import plan_decode as plan_decode
 from minigpt_lib.generation.decode import steps as steps
 from minigpt_lib.generation.decode import stream as stream
 from minigpt_lib.generation.kv_cache import KVCache as KVCache

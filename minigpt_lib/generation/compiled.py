@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode import _check_cache
+from .decode import check_cache
 from .kv_cache import KVCache
 from minigpt_lib.generation.quantized import (  # written further down
     FEW,
@@ -24,7 +24,7 @@ from minigpt_lib.generation.quantized import (  # written further down
     _into_huge_pages,
 )
 from ..model.attention import causal_mask
-from ..model.gpt import GPTLanguageModel, _check_input, padding_mask
+from ..model.gpt import GPTLanguageModel, check_input, padding_mask
 
 # %% auto #0
 __all__ = ['bucket', 'cpp_compiler', 'FastGPT']
@@ -84,10 +84,10 @@ class _SteppingGPT(_PackedGPT):
     @torch.inference_mode()
     def _decode(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
         """One step, its request checked; logits (B, wanted, V) of the last tokens."""
-        _check_input(idx, self.config, cache.pos, attention_mask)
+        check_input(idx, self.config, cache.pos, attention_mask)
         end = cache.pos + idx.size(1)
         cache.check_room(idx.size(0), end)
-        _check_cache(cache, self, idx.size(0), end)
+        check_cache(cache, self, idx.size(0), end)
         logits = self._run_step(idx, cache, attention_mask, wanted)
         cache.advance(idx)
         return logits

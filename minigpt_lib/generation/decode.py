@@ -20,7 +20,8 @@ from .sampling import check_sampling, draw, filter_logits, penalize_repeats
 from ..model.gpt import GPTLanguageModel
 
 # %% auto #0
-__all__ = ['DecodeOptions', 'Step', 'generate', 'stream', 'steps', 'decode_stream']
+__all__ = ['DecodeOptions', 'check_cache', 'DecodePlan', 'plan_decode', 'Step', 'evaluating', 'generate', 'stream', 'steps',
+           'decode_stream']
 
 # %% ../../notebooks/06_kv_cache.ipynb #6a0539d5
 def _check_mask(attention_mask: Tensor, idx: Tensor) -> None:
@@ -85,7 +86,7 @@ class DecodeOptions:
             raise ValueError("use_cache=False contradicts a kv_cache: leave one of them out")
 
 # %% ../../notebooks/06_kv_cache.ipynb #84ce1cf4
-def _check_cache(cache: KVCache, model: GPTLanguageModel, B: int, end: int) -> None:
+def check_cache(cache: KVCache, model: GPTLanguageModel, B: int, end: int) -> None:
     """Raise ValueError unless the caller's cache suits the model and the request."""
     config, weight = model.config, model.wpe.weight
     wanted = (config.n_layer, B, config.n_head, cache.max_len, config.n_embd // config.n_head)
@@ -100,7 +101,7 @@ def _check_cache(cache: KVCache, model: GPTLanguageModel, B: int, end: int) -> N
 
 # %% ../../notebooks/06_kv_cache.ipynb #808f0b72
 @dataclass(eq=False)
-class _Job:
+class DecodePlan:
     """A checked request: the buffers that decoding fills, and the options."""
 
     ids: Tensor  # (B, end) int64, the prompt and room for the new tokens
@@ -119,7 +120,7 @@ class _Job:
         return found.scatter_(1, idx, True)
 
 # %% ../../notebooks/06_kv_cache.ipynb #d2f7b627
-def _job(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> _Job:
+def plan_decode(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> DecodePlan:
     """Check a request and lay out its buffers on the model's device."""
     options = DecodeOptions(**options)
     device, V, n_ctx = model.wte.weight.device, model.config.vocab_size, model.config.n_ctx
@@ -138,13 +139,13 @@ def _job(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: A
             mask = torch.ones_like(ids)
             mask[:, :T] = options.attention_mask
     if cache is not None:
-        _check_cache(cache, model, B, min(end, n_ctx))
+        check_cache(cache, model, B, min(end, n_ctx))
         if mask is not None:
             raise ValueError("a kv_cache of your own knows no padding: leave it out, or pass rows of equal length")
     elif options.use_cache:
         cache = KVCache.for_model(model, B, min(end, n_ctx))
     stops = torch.tensor(sorted(options.stop_ids), dtype=torch.int64, device=device)  # (n,)
-    return _Job(ids, mask, T, cache, stops, options)
+    return DecodePlan(ids, mask, T, cache, stops, options)
 
 # %% ../../notebooks/06_kv_cache.ipynb #455e818a
 @dataclass(frozen=True, eq=False)
@@ -175,7 +176,7 @@ def _choose(logits: Tensor, seen: Tensor | None, options: DecodeOptions) -> tupl
 
 # %% ../../notebooks/06_kv_cache.ipynb #2aa335b6
 @contextmanager
-def _evaluating(model: GPTLanguageModel) -> Iterator[None]:
+def evaluating(model: GPTLanguageModel) -> Iterator[None]:
     """Switch dropout off inside, and give every module its own training flag back afterwards."""
     training = [m for m in model.modules() if m.training]
     model.eval()
@@ -187,7 +188,7 @@ def _evaluating(model: GPTLanguageModel) -> Iterator[None]:
 
 # %% ../../notebooks/06_kv_cache.ipynb #cedc2cdc
 @torch.inference_mode()
-def _decode(model: GPTLanguageModel, job: _Job) -> Iterator[Step]:
+def _decode(model: GPTLanguageModel, job: DecodePlan) -> Iterator[Step]:
     """Fill job.ids from job.T on, yielding each step. The one loop behind `generate`, `stream` and `steps`."""
     options, cache, (B, end), n_ctx = job.options, job.cache, job.ids.shape, model.config.n_ctx
     done = torch.zeros(B, dtype=torch.bool, device=job.ids.device)
@@ -195,7 +196,7 @@ def _decode(model: GPTLanguageModel, job: _Job) -> Iterator[Step]:
     start = 0  # first token that the model still sees
     if cache is not None:
         cache.reuse(job.ids[:, : job.T])
-    with _evaluating(model):
+    with evaluating(model):
         for t in range(job.T, end):
             if t - start > n_ctx:  # the positions are used up: go on with the last half of them
                 start = t - max(n_ctx // 2, 1)
@@ -246,7 +247,7 @@ def generate(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **option
     Dropout is off inside and the training flags are restored. Raises ValueError for an empty prompt or one longer than
     n_ctx, ids outside the vocabulary, a mask or a cache that does not fit, and options out of range.
     """
-    job = _job(model, idx, max_new_tokens, **options)
+    job = plan_decode(model, idx, max_new_tokens, **options)
     new = sum(1 for _ in _decode(model, job))
     return job.ids[:, : job.T + new]
 
@@ -260,7 +261,7 @@ def stream(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options:
     """
     if idx.dim() != 2 or idx.size(0) != 1:
         raise ValueError(f"stream follows one row: idx must be (1, T), not {tuple(idx.shape)}")
-    job = _job(model, idx, max_new_tokens, **options)
+    job = plan_decode(model, idx, max_new_tokens, **options)
     return (int(step.ids[0]) for step in _decode(model, job))
 
 # %% ../../notebooks/06_kv_cache.ipynb #9d87832f
@@ -270,7 +271,7 @@ def steps(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: 
 
     The request is checked at once, a step is computed when it is asked for. Options and errors as in `generate`.
     """
-    return _decode(model, _job(model, idx, max_new_tokens, **options))
+    return _decode(model, plan_decode(model, idx, max_new_tokens, **options))
 
 # %% ../../notebooks/06_kv_cache.ipynb #8965fd3a
 def decode_stream(enc: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[str]:

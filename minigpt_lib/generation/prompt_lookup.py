@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decode import _evaluating, _job
+from .decode import evaluating, plan_decode
 from .kv_cache import KVCache, prefill
 from ..model.gpt import GPTLanguageModel
 
@@ -84,12 +84,12 @@ def generate_lookup(
         raise ValueError(f"prompt lookup follows one row: idx must be (1, T), not {tuple(idx.shape)}")
     if draft < 1 or ngram < 1:
         raise ValueError(f"draft={draft} and ngram={ngram} must be at least 1")
-    job = _job(model, idx, max_new_tokens, temperature=0, stop_ids=stop_ids, kv_cache=kv_cache)
+    job = plan_decode(model, idx, max_new_tokens, temperature=0, stop_ids=stop_ids, kv_cache=kv_cache)
     ids, cache, T, end, stops = job.ids, job.cache, job.T, job.ids.size(1), job.stop_ids
     if end == T:
         return LookupResult(ids, 0, 0, 0, 0)
     t, passes, proposed, accepted = T, 0, 0, 0
-    with _evaluating(model):
+    with evaluating(model):
         kept = cache.reuse(ids[:, :T])
         if kept < T - 1:
             prefill(model, ids[:, kept : T - 1], cache)

@@ -12,5 +12,6 @@ from minigpt_lib.model.gpt import MLP as MLP
 from minigpt_lib.model.gpt import PRESETS as PRESETS
 from minigpt_lib.model.gpt import Transformer as Transformer
 from minigpt_lib.model.gpt import check_ids as check_ids
+from minigpt_lib.model.gpt import check_input as check_input
 from minigpt_lib.model.gpt import next_token_loss as next_token_loss
 from minigpt_lib.model.gpt import padding_mask as padding_mask

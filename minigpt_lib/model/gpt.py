@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from .attention import CausalSelfAttention, KVStore, causal_mask
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'LayerNorm', 'MLP', 'Block', 'padding_mask', 'check_ids', 'Transformer', 'next_token_loss',
-           'GPTLanguageModel']
+__all__ = ['PRESETS', 'GPTConfig', 'LayerNorm', 'MLP', 'Block', 'padding_mask', 'check_ids', 'check_input', 'Transformer',
+           'next_token_loss', 'GPTLanguageModel']
 
 # %% ../../notebooks/03_gpt2_model.ipynb #70a7256f
 PRESETS = {  # name: (vocab_size, n_ctx, n_embd, n_layer, n_head)
@@ -143,7 +143,7 @@ def check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{what} {bad} is outside the vocabulary: ids run from 0 to {vocab_size - 1}")
 
 # %% ../../notebooks/03_gpt2_model.ipynb #608c1dc2
-def _check_input(idx: Tensor, config: GPTConfig, past: int, attention_mask: Tensor | None) -> None:
+def check_input(idx: Tensor, config: GPTConfig, past: int, attention_mask: Tensor | None) -> None:
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be (B, T) with at least one token")
     if idx.dtype not in (torch.int64, torch.int32):
@@ -181,7 +181,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the head reads: idx (B, T) -> (B, T, C). Arguments and errors as in `GPTLanguageModel.forward`."""
         past = 0 if kv_cache is None else kv_cache.pos
-        _check_input(idx, self.config, past, attention_mask)
+        check_input(idx, self.config, past, attention_mask)
         T = idx.size(1)
         if attention_mask is None:
             mask, positions = None, torch.arange(past, past + T, device=idx.device)  # (T,)

@@ -182,14 +182,14 @@ def save_pretrained(model: GPTLanguageModel, folder: str | Path, enc: tiktoken.E
 # %% ../../notebooks/05_loading_weights.ipynb #026f042f
 def load_course_model(
     choice: ModelChoice, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None
-) -> tuple[GPTLanguageModel, tiktoken.Encoding]:
-    """The chosen model on `device` and its tokenizer.
+) -> tuple[GPTLanguageModel, tiktoken.Encoding, ModelChoice]:
+    """The chosen model on `device`, its tokenizer, and the choice that was loaded.
 
     Where an official model was only the device's default and cannot be fetched, one line says so and `mini` is loaded.
     Raises what `load_pretrained` and `load_tokenizer` raise when the model was asked for by name.
     """
     try:
-        return load_pretrained(choice.name, device=device, dtype=dtype), load_tokenizer(choice.name)
+        return load_pretrained(choice.name, device=device, dtype=dtype), load_tokenizer(choice.name), choice
     except (OSError, ImportError) as error:
         if choice.asked or choice.name == "mini":
             raise
