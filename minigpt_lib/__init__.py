@@ -3,40 +3,20 @@
 # %% auto #0
 __all__ = []
 
-# %% ../notebooks/10_the_library.ipynb #3c496110
+# %% ../notebooks/10_the_library.ipynb #3b385ac7
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
-    from minigpt_lib.chat.app import build_app as build_app
-    from minigpt_lib.generation.decode import generate as generate
-    from minigpt_lib.generation.decode import stream as stream
-    from minigpt_lib.generation.kv_cache import KVCache as KVCache
-    from minigpt_lib.model.attention import CausalSelfAttention as CausalSelfAttention
-    from minigpt_lib.model.gpt import GPTConfig as GPTConfig
-    from minigpt_lib.model.gpt import GPTLanguageModel as GPTLanguageModel
-    from minigpt_lib.text.tokenizer import load_tokenizer as load_tokenizer
-    from minigpt_lib.tuning.chat_template import build_prompt as build_prompt
-    from minigpt_lib.tuning.lora import add_lora as add_lora
-    from minigpt_lib.tuning.lora import lora_disabled as lora_disabled
-    from minigpt_lib.tuning.lora import merge_lora as merge_lora
-    from minigpt_lib.tuning.lora import unmerge_lora as unmerge_lora
-    from minigpt_lib.tuning.peft_io import load_adapter as load_adapter
-    from minigpt_lib.tuning.peft_io import save_adapter as save_adapter
-    from minigpt_lib.tuning.sft import finetune as finetune
-    from minigpt_lib.weights.pretrained import load_pretrained as load_pretrained
-    from minigpt_lib.weights.pretrained import save_pretrained as save_pretrained
-
-# %% ../notebooks/10_the_library.ipynb #4d99b906
+# %% ../notebooks/10_the_library.ipynb #deff92de
 __doc__ = """GPT-2 from scratch in PyTorch: the library that the course's notebooks export.
 
 Its rooms, in the order of the notebooks: `text`, `model`, `training`, `weights`, `generation`, `tuning`, `chat`.
 The names below are reached from here; everything else is imported from its room. `minigpt` on the command line is the
 module cli.
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {  # name: the module that defines it
+    "LLM": "api",
     "CausalSelfAttention": "model.attention",
     "GPTConfig": "model.gpt",
     "GPTLanguageModel": "model.gpt",
@@ -46,18 +26,24 @@ _PUBLIC = {  # name: the module that defines it
     "KVCache": "generation.kv_cache",
     "generate": "generation.decode",
     "stream": "generation.decode",
+    "FastGPT": "generation.compiled",
+    "NativeGPT": "generation.native",
     "add_lora": "tuning.lora",
     "merge_lora": "tuning.lora",
     "unmerge_lora": "tuning.lora",
     "lora_disabled": "tuning.lora",
     "save_adapter": "tuning.peft_io",
     "load_adapter": "tuning.peft_io",
+    "TrainConfig": "training.optim",
+    "pretrain": "training.run",
+    "load_records": "tuning.records",
     "build_prompt": "tuning.chat_template",
+    "encode_prompt": "tuning.chat_template",
     "finetune": "tuning.sft",
     "build_app": "chat.app",
 }
 _ROOMS = ("text", "model", "training", "weights", "generation", "tuning", "chat")
-_ROOMS += ("atomic", "cli", "devices", "download", "paths")
+_ROOMS += ("api", "atomic", "cli", "devices", "download", "paths")
 __all__ = list(_PUBLIC)
 
 # %% ../notebooks/10_the_library.ipynb #31c0778f

@@ -1,6 +1,7 @@
 """Shared fixtures: a fresh seed for every test, and GPT-2's vocabulary where it can be had."""
 
 import os
+import random
 import secrets
 import signal
 from pathlib import Path
@@ -21,10 +22,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed each run, already given to torch; pytest prints it when the test fails."""
-    value = secrets.randbelow(2**31)
-    print(f"seed = {value}")
+    """A fresh seed each run, already given to torch and random; MINIGPT_TEST_SEED repeats one.
+
+    pytest prints it when the test fails.
+    """
+    value = int(os.environ.get("MINIGPT_TEST_SEED") or secrets.randbelow(2**31))
+    print(f"seed = {value} (MINIGPT_TEST_SEED={value} repeats it)")
     torch.manual_seed(value)
+    random.seed(value)
     return value
 
 

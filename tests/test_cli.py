@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from scripted import TINY, byte_encoding, tiny_folder
 
+from minigpt_lib.api import LLM
 from minigpt_lib.chat.app import build_app, launch
 from minigpt_lib.chat.session import load_models
 from minigpt_lib.cli import build_parser, main
@@ -19,13 +21,14 @@ from minigpt_lib.generation.compiled import cpp_compiler
 from minigpt_lib.generation.decode import generate
 from minigpt_lib.generation.native import NativeGPT
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.text.tokenizer import load_tokenizer
 from minigpt_lib.tuning.lora import add_lora, lora_layers, lora_parameters
 from minigpt_lib.tuning.metrics import reply
 from minigpt_lib.tuning.peft_io import load_adapter, save_adapter
 from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["chat", "generate", "pretrain", "finetune", "export", "verify"]
+COMMANDS = ["chat", "generate", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"]
 
 
 @pytest.fixture
@@ -210,6 +213,56 @@ def test_a_seed_repeats_and_the_cache_changes_nothing_but_the_time(folder, capsy
 
 
 @pytest.mark.skipif(cpp_compiler() is None, reason="a step in C++ needs a compiler")
+def test_the_fastest_exact_way_is_taken_unasked(folder, capsys, monkeypatch):
+    called, call = [], NativeGPT._call
+    monkeypatch.setattr(NativeGPT, "_call", lambda self, text: called.append(1) or call(self, text))
+    texts = []
+    for more in ([], ["--fast", "off"]):
+        assert run("generate", "Hi", "--model", folder, "--temperature", 0, "--max-new-tokens", 20, *more) == 0
+        texts.append((capsys.readouterr().out, len(called)))
+    assert texts[0][0] == texts[1][0] and 0 < texts[0][1] == texts[1][1]
+
+
+class Pipe:
+    """Standard input as the system gives it: bytes below, text above."""
+
+    def __init__(self, raw: bytes):
+        self.buffer = io.BytesIO(raw)
+
+
+def test_a_byte_that_is_no_utf8_costs_its_own_line_only(folder, capsys, monkeypatch):
+    words = ["generate", "--lines", "--json", "--model", folder, "--max-new-tokens", 3]
+    monkeypatch.setattr(sys, "stdin", Pipe(b"\xef\xbb\xbfone\r\ncaf\xe9\ntwo \xe4\xb8\xad\n"))
+    assert run(*words) == 1
+    out = capsys.readouterr()
+    told = [json.loads(line) for line in out.out.splitlines()]
+    assert [t["prompt"] for t in told] == ["one", "caf\ufffd", "two \u4e2d"]
+    assert "line 2 is not UTF-8: byte 0xe9 at place 3" in told[1]["error"] and "error" not in told[2]
+    out.out.encode()  # valid UTF-8
+
+
+@pytest.mark.parametrize("raw", [b"caf\xe9", "Hi".encode("utf-16"), b"\xf0\x28\x8c\x28"])
+def test_a_text_on_stdin_that_is_no_utf8_is_refused_with_its_place(folder, capsys, monkeypatch, raw):
+    monkeypatch.setattr(sys, "stdin", Pipe(raw))
+    assert run("generate", "--model", folder) == 2
+    assert "standard input is not UTF-8: byte 0x" in capsys.readouterr().err
+
+
+def test_a_prompt_with_stray_bytes_is_refused(folder, capsys):
+    assert run("generate", "caf\udce9", "--model", folder) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_text_goes_out_as_utf8_in_any_locale(folder):
+    command = [sys.executable, "-m", "minigpt_lib.cli", "generate", "--lines", "--device", "cpu"]
+    command += ["--model", str(folder)]
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    prompt = "caf\u00e9 \u4e2d\n".encode()
+    done = subprocess.run(command, input=prompt, capture_output=True, cwd=ROOT, env=env, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith(prompt[:-1]), done.stderr
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="a step in C++ needs a compiler")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_fast_decodes_in_cpp_with_these_weights(folder, capsys, monkeypatch, kind):
     made, called = [], []
@@ -223,7 +276,7 @@ def test_fast_decodes_in_cpp_with_these_weights(folder, capsys, monkeypatch, kin
             called.append(text)
             return super()._call(text)
 
-    monkeypatch.setattr("minigpt_lib.generation.native.NativeGPT", Spied)
+    monkeypatch.setattr("minigpt_lib.api.NativeGPT", Spied)
     words = ["generate", "Hi", "--model", folder, "--temperature", 0, "--max-new-tokens", 20]
     assert run(*words, "--fast", kind) == 0
     text, [(weights, fast)] = capsys.readouterr().out, made
@@ -237,12 +290,13 @@ def test_fast_decodes_in_cpp_with_these_weights(folder, capsys, monkeypatch, kin
 
 
 def test_fast_needs_a_compiler_and_says_so(folder, capsys, monkeypatch):
-    words = ["generate", "Hi", "--model", folder, "--fast"]
+    words = ["generate", "Hi", "--model", folder, "--max-new-tokens", 3, "--fast"]
     assert run(*words, "int4") == 2 and "bfloat16" in capsys.readouterr().err
     for name in ("CXX", "PATH"):
         monkeypatch.setenv(name, "")
     assert run(*words, "int8") == 2
-    assert "needs a C++ compiler" in capsys.readouterr().err
+    assert "need a C++ compiler" in capsys.readouterr().err
+    assert run(*words, "auto") == 0 and run(*words, "off") == 0  # nobody asked for C++
 
 
 def test_the_prompt_may_come_from_stdin(folder, capsys, monkeypatch):
@@ -274,8 +328,9 @@ def test_every_line_of_stdin_can_be_a_prompt_of_its_own(folder, capsys, monkeypa
         assert run("generate", text, *words) == 0
         alone.append(capsys.readouterr().out)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([asked[0], "", *asked[1:]])))
-    assert run("generate", "--lines", *words) == 0
-    assert capsys.readouterr().out == "".join(alone)
+    assert run("generate", "--lines", *words) == 1  # an answer for every line, an empty one for the empty line
+    told = capsys.readouterr()
+    assert told.out == "".join([alone[0], "\n", *alone[1:]]) and "line 2 is empty" in told.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
     assert run("generate", "--lines", "--json", *words) == 0
     told = lines(capsys)
@@ -564,6 +619,89 @@ def test_export_of_a_model_alone_round_trips(folder):
     again = save_pretrained(load_pretrained("copy"), "again", byte_encoding(folder))
     for name in ("config.json", "model.safetensors", "tokenizer.tiktoken"):
         assert Path("copy", name).read_bytes() == (again / name).read_bytes()
+
+
+# --- tokenizer, evaluate, version
+
+
+def test_a_tokenizer_is_learnt_and_serves_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one two three one two three " * 50)
+    (tmp_path / "b c.txt").write_bytes(b"\xef\xbb\xbfvier f\xc3\xbcnf " * 9)
+    assert run("tokenizer", "--data", "a.txt", "b c.txt", "--vocab-size", 270, "--out", "new voc") == 0
+    told = capsys.readouterr().out
+    assert "--tokenizer 'new voc'" in told
+    enc = load_tokenizer("new voc")
+    assert enc.n_vocab == 270 and enc.eot_token == 269 and len(enc.encode(" three")) < 6
+    assert run("tokenizer", "--data", "a.txt", "--vocab-size", 270, "--out", "new voc") == 2
+    assert "holds a tokenizer already" in capsys.readouterr().err
+    (tmp_path / "bad.txt").write_bytes(b"ok \xff")
+    assert run("tokenizer", "--data", "bad.txt", "--out", "other") == 2
+    assert "bad.txt is not UTF-8: byte 0xff at place 3" in capsys.readouterr().err and not Path("other").exists()
+
+
+def test_evaluate_measures_texts_and_questions(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Some words, more than the model has positions. " * 9)
+    question = {"prompt": "Say", "choices": [" yes", " no"], "answer": 0}
+    llm = LLM.load(folder, adapter=None)
+    nats = [llm.score(c, context="Say").total / len(c) for c in question["choices"]]
+    best = nats.index(min(nats))
+    lines = [question | {"answer": a} for a in (best, best, 1 - best)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["evaluate", "--model", folder, "--data", "text.txt", "--choices", "q.jsonl"]
+    assert run(*words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    score = llm.score((tmp_path / "text.txt").read_text())
+    assert told["text.txt"]["tokens"] == len(score.nats) == 423
+    assert told["text.txt"]["nats_per_token"] == round(score.mean, 4)
+    assert told["text.txt"]["perplexity"] == round(score.perplexity, 3)
+    assert abs(told["text.txt"]["bits_per_byte"] - score.total / 423 / 0.6931472) < 1e-4  # here a token is a byte
+    assert told["q.jsonl"] == {"questions": 3, "right": 2, "share": 0.6667}
+    assert run(*words, "--stride", 1) == 0
+    assert "text.txt: tokens 423, nats per token" in capsys.readouterr().out
+    assert run(*words[:3], "--adapter", folder / "adapter", "--data", "text.txt", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text.txt"] != told["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2: expected"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "line 2"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "line 2"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "line 2"),
+    ],
+)
+def test_a_question_that_is_none_is_named(folder, tmp_path, capsys, line, says):
+    good = json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 1})
+    (tmp_path / "q.jsonl").write_text(f"{good}\n{line}\n")
+    assert run("evaluate", "--model", folder, "--choices", "q.jsonl") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_evaluate_wants_something_to_measure(folder, capsys):
+    assert run("evaluate", "--model", folder) == 2 and "--data TEXT" in capsys.readouterr().err
+    (folder.parent / "none.jsonl").write_text("\n")
+    assert run("evaluate", "--model", folder, "--choices", "none.jsonl") == 2
+    assert "no question" in capsys.readouterr().err
+
+
+def test_the_version_can_be_asked_for(capsys):
+    import minigpt_lib
+
+    assert run("--version") == 0 and capsys.readouterr().out == f"minigpt {minigpt_lib.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("finetune --full --r 4", "--r and --alpha belong to a LoRA adapter"),
+        ("verify mini --model gpt2", "two models are named, mini and --model gpt2"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(folder, capsys, words, says):
+    assert run(*words.split()) == 2 and says in capsys.readouterr().err
 
 
 # --- chat

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "minigpt_lib"
 NAMES = [
-    "GPTConfig", "GPTLanguageModel", "CausalSelfAttention", "load_tokenizer", "load_pretrained", "save_pretrained",
-    "KVCache", "generate", "stream", "add_lora", "merge_lora", "unmerge_lora", "lora_disabled", "save_adapter",
-    "load_adapter", "finetune", "build_prompt", "build_app",
+    "LLM", "GPTConfig", "GPTLanguageModel", "CausalSelfAttention", "load_tokenizer", "load_pretrained",
+    "save_pretrained", "KVCache", "generate", "stream", "FastGPT", "NativeGPT", "add_lora", "merge_lora",
+    "unmerge_lora", "lora_disabled", "save_adapter", "load_adapter", "pretrain", "finetune", "TrainConfig",
+    "load_records", "build_prompt", "encode_prompt", "build_app",
 ]  # fmt: skip
 ROOM_ORDER = {  # modules, in the order in which the notebooks write them
     "text": "bpe tokenizer",
@@ -27,7 +28,7 @@ ROOM_ORDER = {  # modules, in the order in which the notebooks write them
 }
 ORDER = ["devices", "paths", "atomic", "download"]
 ORDER += [f"{room}.{module}" for room, modules in ROOM_ORDER.items() for module in modules.split()]
-ORDER += ["cli", "__init__"]
+ORDER += ["api", "cli", "__init__"]
 ROOMS = sorted(p.parent.name for p in LIBRARY.glob("*/__init__.py"))
 MODULES = sorted(
     ".".join(p.relative_to(LIBRARY).with_suffix("").parts)
@@ -93,13 +94,15 @@ def test_the_package_exports_these_names_and_no_others():
 
 
 def test_editors_are_told_the_same_names():
-    blocks = [n for n in tree("__init__").body if isinstance(n, ast.If)]
-    typed = {alias.asname: (node.module, alias.name) for b in blocks for node in b.body for alias in node.names}
+    body = ast.parse((LIBRARY / "__init__.pyi").read_text("utf-8")).body
+    imports = [(node.module, alias) for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    typed = {alias.name: module for module, alias in imports if module != "minigpt_lib"}
+    assert all(alias.asname == alias.name for _, alias in imports)  # `name as name`: handed on
     import minigpt_lib
 
-    assert sorted(typed) == sorted(NAMES)
-    for name, (module, original) in typed.items():
-        assert name == original and getattr(minigpt_lib, name).__module__ == module
+    assert sorted(typed) == sorted(NAMES) and (LIBRARY / "py.typed").is_file()
+    for name, module in typed.items():
+        assert getattr(minigpt_lib, name).__module__ == module
 
 
 @pytest.mark.parametrize("module", [m for m in ORDER if m != "__init__"])
@@ -119,7 +122,8 @@ def test_each_exported_name_is_defined_once():
     for module in ORDER[:-1]:
         for node in tree(module).body:
             names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-            names += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            names += [t.id for t in targets if isinstance(t, ast.Name)]
             for name in names:
                 if not name.startswith("_"):
                     homes.setdefault(name, []).append(module)
@@ -136,7 +140,7 @@ def test_each_exported_name_is_defined_once():
 def test_imports_point_to_lower_notebooks_only(module):
     for node in ast.walk(tree(module)):  # inside functions and TYPE_CHECKING too
         for name in imported(node, module):
-            if name.split(".")[0] == "minigpt_lib":
+            if name.split(".")[0] == "minigpt_lib" and name != "minigpt_lib.__version__":
                 other = name.removeprefix("minigpt_lib.")
                 assert ORDER.index(other) < ORDER.index(module), f"{module} line {node.lineno} imports {other}"
         assert not (isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names)), "a star import"

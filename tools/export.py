@@ -1,7 +1,9 @@
-"""Writes minigpt_lib/ from the notebooks: nbdev writes the modules, then each subpackage gets its face.
+"""Writes minigpt_lib/ from the notebooks: nbdev writes the modules, then the package and its rooms get their faces.
 
-The face of a subpackage is its `__init__.py`. It hands on every name that the subpackage's modules export, so that
-`from minigpt_lib.generation import generate` works wherever in `generation` the function is defined.
+The face of a room (a subpackage) is its `__init__.py`. It hands on every name that the room's modules export, so that
+`from minigpt_lib.generation import generate` works wherever in `generation` the function is defined. The package itself
+looks its public names up when they are first used, which type checkers cannot follow: for them the same names stand in
+`__init__.pyi`, written from the one dictionary in `__init__.py`; `py.typed` says that the types are meant for others.
 """
 
 import ast
@@ -36,7 +38,30 @@ def face(folder: Path) -> str:
     )
 
 
+def assigned(path: Path, name: str) -> ast.expr:
+    """The value that a module gives to `name`."""
+    values = [
+        node.value
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+    ]
+    return values[-1]
+
+
+def stub(folder: Path) -> str:
+    """The text of the package's `__init__.pyi`."""
+    public = ast.literal_eval(assigned(folder / "__init__.py", "_PUBLIC"))
+    rooms = sorted(p.parent.name for p in folder.glob("*/__init__.py"))
+    rooms += sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    lines = [f"from minigpt_lib import {room} as {room}" for room in rooms]
+    lines += [f"from minigpt_lib.{module} import {name} as {name}" for name, module in sorted(public.items())]
+    return START + "\n".join(lines) + "\n\n__version__: str\n"
+
+
 if __name__ == "__main__":
     nbdev_export()
-    for init in sorted(get_config().lib_path.glob("*/__init__.py")):
+    library = get_config().lib_path
+    for init in sorted(library.glob("*/__init__.py")):
         init.write_text(face(init.parent), encoding="utf-8")
+    (library / "__init__.pyi").write_text(stub(library), encoding="utf-8")
+    (library / "py.typed").touch()
