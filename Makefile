@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 CHECK  := MINIGPT_MODEL=mini MINIGPT_DEVICE=cpu GRADIO_ANALYTICS_ENABLED=False
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test chat export notebooks lint check data clean
+.PHONY: help lab test quick chat export notebooks lint types check data clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '  make %-10s %s\n' "$$name" "$$about"; done
@@ -27,6 +27,9 @@ lab: $(READY)  ## set up if needed, then open JupyterLab in notebooks/
 test: $(READY)  ## set up if needed, then run every test, the notebooks included
 	$(CHECK) $(BIN)/python -m pytest tests --nbval --nbval-current-env notebooks
 
+quick: $(READY)  ## the tests without notebooks, browsers, other processes and large models
+	$(CHECK) $(BIN)/python -m pytest tests -q -m "not slow"
+
 chat: $(READY)  ## open the chat app on http://127.0.0.1:7860
 	$(BIN)/minigpt chat
 
@@ -39,7 +42,10 @@ notebooks: $(READY)  ## run every notebook from a clean kernel, in order, and st
 lint: $(READY)  ## ruff over the library, the tests, the scripts and the notebooks
 	$(BIN)/ruff check .
 
-check: lint export  ## lint, and prove that minigpt_lib/ is what the notebooks export
+types: $(READY)  ## mypy over minigpt_lib/
+	$(BIN)/mypy
+
+check: lint types export  ## lint, types, and the proof that minigpt_lib/ is what the notebooks export
 	git diff --exit-code --stat -- minigpt_lib
 	@test -z "$$(git ls-files --others --exclude-standard -- minigpt_lib)" || { echo "minigpt_lib/ has files that no commit holds"; exit 1; }
 
@@ -47,5 +53,5 @@ data: $(READY)  ## write the corpus, the instruction records and facts.json anew
 	$(BIN)/python data/compose.py
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -o -name .ipynb_checkpoints | grep -v '^./.git/' | xargs rm -rf

@@ -216,7 +216,7 @@ def run_pretrain(args: argparse.Namespace) -> None:
     from minigpt_lib.training.token_files import load_tokens
     from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
-    out, config, enc = _out_folder(args.out, args.resume), *_shape(args.init or args.model)
+    out, config, enc = _out_folder(args.out, args.resume), *_shape(args)
     course = data_dir() / "corpus"
     corpus = [Path(file) for file in args.data or [course / "train.txt"]]
     heldout = _beside(corpus[0], "heldout.txt", args.heldout)
@@ -251,14 +251,22 @@ def _beside(file: Path, name: str, asked: str | None) -> Path | None:
     return found if asked or found.is_file() else None
 
 # %% ../notebooks/10_the_library.ipynb #c0de96e6
-def _shape(model: str) -> tuple[Any, Any]:
-    """The config and the tokenizer of a model, without its weights."""
+def _shape(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The config and the tokenizer of the model to train: those of --init or --model, with what the options change."""
+    from dataclasses import replace
+
     from minigpt_lib.model.gpt import PRESETS, GPTConfig
     from minigpt_lib.text.tokenizer import load_tokenizer
     from minigpt_lib.weights.convert import read_config
+    from minigpt_lib.weights.pretrained import model_folder
 
-    enc = load_tokenizer(model)
-    return (GPTConfig.preset(model) if model in PRESETS else read_config(Path(model) / "config.json")), enc
+    sizes = {name: n for name in ("n_layer", "n_head", "n_embd", "n_ctx") if (n := getattr(args, name)) is not None}
+    if args.init and (sizes or args.tokenizer):
+        raise ValueError("--init goes on with a model as it is: leave --tokenizer and the sizes out, or --init")
+    model = args.init or args.model
+    config = GPTConfig.preset(model) if model in PRESETS else read_config(model_folder(model) / "config.json")
+    enc = load_tokenizer(args.tokenizer or model)
+    return replace(config, **sizes | ({"vocab_size": enc.n_vocab} if args.tokenizer else {})), enc
 
 # %% ../notebooks/10_the_library.ipynb #1e442eb8
 def _facts(model: Any, enc: Any) -> dict[str, int]:
@@ -551,6 +559,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
     p = _add(commands, "pretrain", run_pretrain, "train a new model on text", "whose shape and tokenizer it gets")
     p.add_argument("--init", metavar="NAME|FOLDER", help="go on with this model's weights (default: new ones)")
+    p.add_argument("--tokenizer", metavar="FOLDER", help="its vocabulary (default: the model's)")
+    for name, text in {"n-layer": "blocks", "n-head": "heads", "n-embd": "width", "n-ctx": "positions"}.items():
+        p.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: the model's)")
     texts = "text files or folders of .txt, documents separated by <|endoftext|>; or one .tokens file"
     p.add_argument("--data", nargs="+", metavar="TEXT", help=f"{texts} (default: the course's corpus)")
     p.add_argument("--heldout", metavar="FILE", help="text to measure the loss on (default: heldout.txt beside --data)")

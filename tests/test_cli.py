@@ -460,6 +460,19 @@ def test_pretrain_writes_a_model_its_record_and_its_curve(folder, tmp_path, caps
     assert run(*words) == 2 and "already" in capsys.readouterr().err
 
 
+def test_pretrain_builds_the_model_that_the_options_describe(folder, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("one two three " * 400)
+    assert run("tokenizer", "--data", "train.txt", "--vocab-size", 265, "--out", "voc") == 0
+    words = ["pretrain", "--data", "train.txt", "--steps", 1, "--batch-size", 1, "--window", 8, "--tokenizer", "voc"]
+    assert run(*words, "--n-layer", 1, "--n-head", 2, "--n-embd", 8, "--n-ctx", 32, "--out", "new") == 0
+    new = load_pretrained("new")
+    assert new.config == GPTConfig(vocab_size=265, n_ctx=32, n_embd=8, n_layer=1, n_head=2)
+    assert load_tokenizer("new").encode("one two") == load_tokenizer("voc").encode("one two")
+    capsys.readouterr()
+    assert run(*words, "--init", folder, "--out", "other") == 2
+    assert "--init goes on with a model as it is" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "train.txt").write_text("One two three four five. " * 300)
     words = ["pretrain", "--model", folder, "--data", "train.txt", "--steps", 8, "--batch-size", 2, "--window", 16]

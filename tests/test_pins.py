@@ -50,8 +50,9 @@ def test_the_ranges_of_the_project_admit_the_pins(required, project):
     assert {canonicalize_name(r.name) for r in ranges} == set(required)
 
 
-def test_the_library_itself_needs_four_packages(project):
-    assert {Requirement(r).name for r in project["dependencies"]} == {"torch", "tiktoken", "numpy", "safetensors"}
+def test_the_library_itself_needs_four_packages_and_what_they_bring(project):
+    needed = {"torch", "tiktoken", "numpy", "safetensors"} | {"regex", "requests", "filelock"}
+    assert {Requirement(r).name for r in project["dependencies"]} == needed
     assert set(project["optional-dependencies"]) == {"course", "dev", "bench"}
     assert project["scripts"] == {"minigpt": "minigpt_lib.cli:main"}
 
