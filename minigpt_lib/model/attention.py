@@ -94,7 +94,6 @@ class CausalSelfAttention(nn.Module):
 
         kv_cache holds the keys and values of earlier positions; `layer` says which slot of it is this layer's.
         """
-        B, T, C = x.shape if x.dim() == 3 else (0, 0, 0)
         q, k, v = self.heads(x)  # (B, nh, T, hs) each
         if kv_cache is not None:
             k, v = kv_cache.update(layer, k, v)  # (B, nh, S, hs) each
@@ -103,7 +102,7 @@ class CausalSelfAttention(nn.Module):
             y = fused_attention(q, k, v, mask, dropout_p)  # (B, nh, T, hs)
         else:
             y, _ = attention(q, k, v, mask, dropout_p)  # (B, nh, T, hs)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))  # (B, T, C)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q, k and v, (B, nh, T, hs) each. Raises ValueError for an x of another shape."""
