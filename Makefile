@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 CHECK  := MINIGPT_MODEL=mini MINIGPT_DEVICE=cpu GRADIO_ANALYTICS_ENABLED=False
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick chat export notebooks lint types check data clean
+.PHONY: help lab test quick chat export notebooks workbook progress mine lint types check data clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '  make %-10s %s\n' "$$name" "$$about"; done
@@ -32,6 +32,16 @@ quick: $(READY)  ## the tests without notebooks, browsers, other processes and l
 
 chat: $(READY)  ## open the chat app on http://127.0.0.1:7860
 	$(BIN)/minigpt chat
+
+workbook: $(READY)  ## write workbook/: the lessons with exercises to fill in; work there is kept
+	$(BIN)/python tools/workbook.py write
+
+progress: $(READY)  ## what is done in workbook/
+	$(BIN)/python tools/workbook.py progress
+
+mine: $(READY)  ## a library of your own answers, and the chat on it
+	$(BIN)/python tools/workbook.py mine
+	PYTHONPATH=workbook/mine $(BIN)/python -m minigpt_lib.cli chat
 
 export: $(READY)  ## write minigpt_lib/ from the notebooks
 	$(BIN)/python tools/export.py

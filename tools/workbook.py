@@ -212,7 +212,7 @@ def source_of(folder: Path) -> None:
 
 
 def answers(folder: Path = WORKBOOK) -> dict[str, str | None]:
-    """The source of each exercise's cell in the workbook, with the learner's own cells before it; None if it is gone."""
+    """The source of each exercise's cell, with the learner's own definitions before it; None where it is gone."""
     found: dict[str, str | None] = dict.fromkeys(exercises())
     for lesson in LESSONS:
         path = folder / lesson_path(lesson).name
@@ -241,7 +241,7 @@ def find_any(source: str) -> bool:
 
 
 def judged(name: str, source: str | None) -> tuple[str, str]:
-    """"done", "wrong" or "open", and the words that a check says."""
+    """ "done", "wrong" or "open", and the words that a check says."""
     if source is None:
         return "open", f"{name}  is not in the workbook: make workbook"
     try:
