@@ -4,7 +4,6 @@ from minigpt_lib.text.bpe import BPETokenizer as BPETokenizer
 from minigpt_lib.text.bpe import ENDOFTEXT as ENDOFTEXT
 from minigpt_lib.text.bpe import GPT2_PATTERN as GPT2_PATTERN
 from minigpt_lib.text.bpe import PairIndex as PairIndex
-from minigpt_lib.text.bpe import Vocabulary as Vocabulary
 from minigpt_lib.text.bpe import check_ranks as check_ranks
 from minigpt_lib.text.bpe import count_pretokens as count_pretokens
 from minigpt_lib.text.bpe import iter_merges as iter_merges
