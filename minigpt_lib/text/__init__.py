@@ -13,7 +13,16 @@ from minigpt_lib.text.bpe import neighbours as neighbours
 from minigpt_lib.text.bpe import replace_surrogates as replace_surrogates
 from minigpt_lib.text.bpe import split_special as split_special
 from minigpt_lib.text.bpe import train_bpe as train_bpe
+from minigpt_lib.text.tokenizer import EncodingWithEnd as EncodingWithEnd
+from minigpt_lib.text.tokenizer import Parts as Parts
+from minigpt_lib.text.tokenizer import byte_letters as byte_letters
 from minigpt_lib.text.tokenizer import load_ranks as load_ranks
 from minigpt_lib.text.tokenizer import load_tokenizer as load_tokenizer
+from minigpt_lib.text.tokenizer import merges_of_ranks as merges_of_ranks
+from minigpt_lib.text.tokenizer import ranks_of_merges as ranks_of_merges
 from minigpt_lib.text.tokenizer import save_ranks as save_ranks
+from minigpt_lib.text.tokenizer import save_tokenizer as save_tokenizer
+from minigpt_lib.text.tokenizer import spell as spell
 from minigpt_lib.text.tokenizer import train_tokenizer as train_tokenizer
+from minigpt_lib.text.tokenizer import unspell as unspell
+from minigpt_lib.text.tokenizer import vocabulary_cache as vocabulary_cache
