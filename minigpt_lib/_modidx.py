@@ -512,6 +512,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'minigpt_lib/text/tokenizer.py'),
                                             'minigpt_lib.text.tokenizer._config': ( 'vocabulary_files.html#_config',
                                                                                     'minigpt_lib/text/tokenizer.py'),
+                                            'minigpt_lib.text.tokenizer._encoding': ( 'vocabulary_files.html#_encoding',
+                                                                                      'minigpt_lib/text/tokenizer.py'),
                                             'minigpt_lib.text.tokenizer._end_of': ( 'vocabulary_files.html#_end_of',
                                                                                     'minigpt_lib/text/tokenizer.py'),
                                             'minigpt_lib.text.tokenizer._expect': ( 'vocabulary_files.html#_expect',

@@ -4,6 +4,7 @@
 __all__ = ['write_atomically']
 
 # %% ../notebooks/00b_your_machine.ipynb #08b4d63a
+import contextlib
 import errno
 import os
 import secrets
@@ -17,8 +18,9 @@ _FORGOTTEN = 3600  # seconds after which a temporary file is what a kill has lef
 def _new_beside(path: Path) -> tuple[Path, int]:
     """A new, empty file `.NAME.RANDOM.tmp` in the folder of `path`, and the mode that it got there."""
     for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 16}.tmp"):
-        if time.time() - left.lstat().st_mtime > _FORGOTTEN:
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another writer has just finished
+            if time.time() - left.lstat().st_mtime > _FORGOTTEN:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
     mode = os.fstat(descriptor).st_mode & 0o777

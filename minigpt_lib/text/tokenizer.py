@@ -23,7 +23,7 @@ from ..download import FetchError, download, openai_url
 from ..paths import MODEL_NAMES, cache_dir, check_model_name, data_dir, private_folder
 from .bpe import ENDOFTEXT, GPT2_PATTERN, check_ranks, merge_bytes, train_bpe
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #8e79df66
+# %% ../../notebooks/01b_vocabulary_files.ipynb #b76cde6d
 def save_ranks(ranks: Mapping[bytes, int], path: str | os.PathLike[str]) -> None:
     """Write `ranks` in tiktoken's format: a line a token, its bytes in base64, a space, its rank."""
     check_ranks(ranks)
@@ -31,7 +31,7 @@ def save_ranks(ranks: Mapping[bytes, int], path: str | os.PathLike[str]) -> None
     lines = b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ordered)
     write_atomically(Path(path), lambda temporary: temporary.write_bytes(lines))
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #8e79df66
 def load_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
     """Read token bytes -> rank from a file in tiktoken's format.
 
@@ -66,7 +66,7 @@ def train_tokenizer(
     save_ranks(ranks, out_path)
     return ranks
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #79e53946
+# %% ../../notebooks/01b_vocabulary_files.ipynb #6e21a8a6
 @lru_cache(maxsize=1)
 def byte_letters() -> dict[int, str]:
     """The printable letter that stands for each byte in GPT-2's files (`bytes_to_unicode` in OpenAI's encoder.py)."""
@@ -94,7 +94,7 @@ def unspell(word: str) -> bytes:
     except KeyError as error:
         raise ValueError(f"{word!r} is not a token of a byte-level BPE: {error} stands for no byte") from None
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #d1af3436
+# %% ../../notebooks/01b_vocabulary_files.ipynb #503eb330
 def ranks_of_merges(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str, check: bool = True
 ) -> dict[bytes, int]:
@@ -117,7 +117,7 @@ def ranks_of_merges(
         ranks[token] = last = rank
     return ranks
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #9faa19dd
+# %% ../../notebooks/01b_vocabulary_files.ipynb #e5d56c9e
 class Parts(NamedTuple):
     """What makes a tokenizer: token bytes -> id, special tokens -> id, the pattern that cuts pre-tokens."""
 
@@ -141,12 +141,12 @@ def _expect(path: Path, what: str, value: object, *known: object) -> None:
         raise ValueError(f"{path}: {what} is {value!r}, which is not supported; this library reads byte-level BPE "
                          "as GPT-2 has it, and anything else would give other ids")
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #4cd6e6b7
 def _byte_level_pattern(path: Path, step: dict[str, Any] | None) -> str:
     """The pattern of a pre-tokenizer: GPT-2's own, or that of a Split before a ByteLevel without one."""
     step = step or {}
     _expect(path, "pre_tokenizer.type", step.get("type"), "ByteLevel", "Sequence")
-    steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    steps = step.get("pretokenizers", []) if step["type"] == "Sequence" else [step]
     kinds = [s.get("type") for s in steps]
     _expect(path, "the list of pre-tokenizers", kinds, ["ByteLevel"], ["Split", "ByteLevel"])
     _expect(path, "add_prefix_space", steps[-1].get("add_prefix_space", True), False)
@@ -155,10 +155,10 @@ def _byte_level_pattern(path: Path, step: dict[str, Any] | None) -> str:
         return GPT2_PATTERN
     _expect(path, "the Split's behavior", steps[0].get("behavior"), "Isolated")
     _expect(path, "the Split's invert", steps[0].get("invert", False), False)
-    _expect(path, "the Split's pattern", list(steps[0]["pattern"]), ["Regex"])
+    _expect(path, "the Split's pattern", list(steps[0].get("pattern", {})), ["Regex"])
     return steps[0]["pattern"]["Regex"]
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #fb46afc0
+# %% ../../notebooks/01b_vocabulary_files.ipynb #e9c6e52a
 def _added(path: Path, tokens: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     for token in tokens:
         for flag in ("lstrip", "rstrip", "single_word"):
@@ -171,28 +171,30 @@ def _read_tokenizer_json(path: Path) -> Parts:
     spec = _read_json(path)
     model = spec.get("model") or {}
     _expect(path, "model.type", model.get("type"), "BPE")
-    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        _expect(path, f"model.{key}", model.get(key), None, False, "", 0, *([ENDOFTEXT] if key == "unk_token" else []))
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        _expect(path, f"model.{key}", model.get(key), None, False, "", 0)
     _expect(path, "normalizer", spec.get("normalizer"), None)
     after = spec.get("post_processor") or {"type": None}
     _expect(path, "post_processor.type", after["type"], None, "ByteLevel", "TemplateProcessing")
     for piece in after.get("single", []):
         _expect(path, "a step of the post_processor", list(piece), ["Sequence"])
     special = _added(path, spec.get("added_tokens", []))
-    vocab = {word: i for word, i in model["vocab"].items() if word not in special}
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    vocab = {word: i for word, i in model.get("vocab", {}).items() if word not in special}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     return Parts(_complete(path, vocab, merges), special, _byte_level_pattern(path, spec.get("pre_tokenizer")))
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #3c52f732
 def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[bytes, int]:
     """The ranks, when every word of the vocabulary is a byte or comes from a merge."""
+    if wrong := [merge for merge in merges if len(merge) != 2]:
+        raise ValueError(f"{path}: a merge joins two tokens, but one of its lists {wrong[0]}")
     ranks = ranks_of_merges(vocab, merges, str(path))
     if len(ranks) < len(vocab):
         orphan = next(word for word in vocab if unspell(word) not in ranks)
         raise ValueError(f"{path}: no merge makes the token {orphan!r}")
     return ranks
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #bc52c4f3
+# %% ../../notebooks/01b_vocabulary_files.ipynb #b392498e
 _SPECIAL = re.compile(r"<.+>|\[[A-Z_]+\d*\]")  # how special tokens look: <|endoftext|>, </s>, [PAD]
 _GPT2_CLASSES = {"GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend", "None"}
 
@@ -205,7 +207,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         found |= _read_json(file) if file.is_file() else {}
     return found
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #9ad4ce4c
 def _read_merges(folder: Path, vocab_name: str, merges_name: str) -> Parts:
     """The parts of vocab.json and merges.txt; special tokens are the words that no merge makes."""
     path, told = folder / vocab_name, _settings(folder)
@@ -225,7 +227,7 @@ def _read_merges(folder: Path, vocab_name: str, merges_name: str) -> Parts:
     ranks = _complete(path, {word: i for word, i in vocab.items() if word not in special}, merges)
     return Parts(ranks, special, GPT2_PATTERN)
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #d9bcfe87
+# %% ../../notebooks/01b_vocabulary_files.ipynb #532fc75c
 class EncodingWithEnd(tiktoken.Encoding):
     """A `tiktoken.Encoding` whose end token, `eot_token`, need not be called `<|endoftext|>`."""
 
@@ -241,7 +243,7 @@ class EncodingWithEnd(tiktoken.Encoding):
         return {"name": self.name, "end": self._end, "pat_str": self._pat_str,
                 "mergeable_ranks": self._mergeable_ranks, "special_tokens": self._special_tokens}
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #6154b931
 def _end_of(folder: Path, parts: Parts) -> int:
     """The end token: eos_token_id of config.json, else eos_token of the tokenizer's settings, else <|endoftext|>."""
     known = {*parts.ranks.values(), *parts.special.values()}
@@ -258,6 +260,20 @@ def _end_of(folder: Path, parts: Parts) -> int:
                      "tokenizer_config.json an eos_token")
 
 
+
+def _encoding(folder: Path, parts: Parts) -> tiktoken.Encoding:
+    """The tokenizer of `folder`, with its own end token. Raises ValueError where the parts do not fit together."""
+    if clash := set(parts.ranks.values()) & set(parts.special.values()):
+        raise ValueError(f"the tokenizer in {folder} gives the id {min(clash)} to two tokens")
+    end, made = _end_of(folder, parts), {"pat_str": parts.pattern, "mergeable_ranks": parts.ranks}
+    try:
+        if parts.special.get(ENDOFTEXT) == end:
+            return tiktoken.Encoding(folder.resolve().name, special_tokens=parts.special, **made)
+        return EncodingWithEnd(folder.resolve().name, end=end, special_tokens=parts.special, **made)
+    except ValueError as error:
+        raise ValueError(f"tiktoken can't use the pattern of the tokenizer in {folder}: {error}") from error
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, or OpenAI's hparams.json in its names; empty where neither is there."""
     if (folder / "config.json").is_file():
@@ -266,7 +282,7 @@ def _config(folder: Path) -> dict[str, Any]:
         return {"vocab_size": _read_json(folder / "hparams.json").get("n_vocab")}
     return {}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #b27bfe9d
+# %% ../../notebooks/01b_vocabulary_files.ipynb #98595648
 _GPT2_FILES = {  # SHA-256, the same that tiktoken has written down
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -291,7 +307,7 @@ def _gpt2_file(name: str) -> bytes:
         private_folder(home)
     return download(openai_url(f"encodings/main/{name}"), home / key, sha256=_GPT2_FILES[name]).read_bytes()
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #b27bfe9d
 @lru_cache(maxsize=1)
 def _build_gpt2(vocab_bpe: bytes, encoder_json: bytes) -> tiktoken.Encoding:
     vocab = json.loads(encoder_json)
@@ -311,7 +327,7 @@ def _gpt2_encoding() -> tiktoken.Encoding:
             f"model 'mini'. What happened: {type(error).__name__}: {error}"
         ) from error
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #1f539eae
+# %% ../../notebooks/01b_vocabulary_files.ipynb #66c5c5f1
 _FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt")
 
 
@@ -336,7 +352,7 @@ def _read_parts(folder: Path) -> Parts:
         "vocabulary, put it there: save_tokenizer(load_tokenizer('gpt2'), folder)"
     )
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #1f539eae
 def load_tokenizer(name: str | os.PathLike[str]) -> tiktoken.Encoding:
     """The tokenizer of a model: `"mini"`, one of the `gpt2` names (all share GPT-2's BPE), or a checkpoint folder.
 
@@ -358,15 +374,11 @@ def load_tokenizer(name: str | os.PathLike[str]) -> tiktoken.Encoding:
             raise
         return _gpt2_encoding()  # hparams.json: OpenAI's own layout
     highest = max(*parts.ranks.values(), *parts.special.values())
-    if size is not None and highest >= size:
+    if isinstance(size, int) and highest >= size:
         raise ValueError(f"the tokenizer in {folder} has {highest + 1} tokens, but its config says vocab_size {size}")
-    end, made = _end_of(folder, parts), {"pat_str": parts.pattern, "mergeable_ranks": parts.ranks,
-                                         "special_tokens": parts.special}
-    if parts.special.get(ENDOFTEXT) == end:
-        return tiktoken.Encoding(folder.resolve().name, **made)
-    return EncodingWithEnd(folder.resolve().name, end=end, **made)
+    return _encoding(folder, parts)
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #6b43dea5
+# %% ../../notebooks/01b_vocabulary_files.ipynb #49837a89
 def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge behind each token of more than one byte, in the order of the ranks.
 
@@ -381,7 +393,7 @@ def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         before[token] = ranks[token]
     return merges
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #a526b1c3
 def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     """`enc` as Hugging Face's tokenizer.json describes it."""
     ranks, special = enc._mergeable_ranks, enc._special_tokens
@@ -399,7 +411,7 @@ def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": cut, "post_processor": level, "decoder": level | {"add_prefix_space": True}, "model": bpe}
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #60683167
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | os.PathLike[str]) -> None:
     """Write `enc` as tokenizer.json and tokenizer_config.json, which Transformers and `load_tokenizer` read.
 
