@@ -1,6 +1,7 @@
 """Downloads from a server on this machine that misbehaves: resumed, checked, whole or not at all."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from serving import File, Server, serve
 from minigpt_lib import download as module
 from minigpt_lib.download import FetchError, download, offline, openai_url
 from minigpt_lib.text import tokenizer
-from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.text.bpe import ENDOFTEXT, train_bpe
+from minigpt_lib.text.tokenizer import load_tokenizer, merges_of_ranks, spell
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 2**14  # bytes are written in pieces of this size; of one that is cut nothing is kept
@@ -234,24 +236,98 @@ def test_progress_is_shown_where_tqdm_is(server, body, path, capsys):
 # --- GPT-2's vocabulary
 
 
+KEYS = {"vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}  # fmt: skip
+
+
 @pytest.fixture
 def vocabulary(server, tmp_path, monkeypatch) -> Server:
-    """OpenAI's server on this machine, with small files in place of the real ones."""
-    files = {name: File(f"the file {name}".encode()) for name in ("vocab.bpe", "encoder.json")}
-    server.files |= {f"/gpt-2/encodings/main/{name}": file for name, file in files.items()}
-    monkeypatch.setattr(tokenizer, "_GPT2_FILES", {name: sha(file.body) for name, file in files.items()})
+    """OpenAI's server on this machine, with a small vocabulary in place of the real one, and no shared folders."""
+    ranks = train_bpe(["the cat and the hat " * 9], 262)
+    words = {spell(token): rank for token, rank in ranks.items()} | {ENDOFTEXT: 261}
+    merges = "".join(f"{spell(left)} {spell(right)}\n" for left, right in merges_of_ranks(ranks))
+    bodies = {"vocab.bpe": f"#version: 0.2\n{merges}".encode(), "encoder.json": json.dumps(words).encode()}
+    server.files |= {f"/gpt-2/encodings/main/{name}": File(body) for name, body in bodies.items()}
+    monkeypatch.setattr(tokenizer, "_GPT2_FILES", {name: sha(body) for name, body in bodies.items()})
     monkeypatch.setenv("MINIGPT_OPENAI_URL", f"{server.url}/gpt-2/")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
-    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: ("the BPE of", name))
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(tokenizer.tempfile, "gettempdir", lambda: str(tmp_path / "shared"))
     return server
+
+
+def is_the_small_one(enc: tiktoken.Encoding) -> bool:
+    return (enc.name, enc.n_vocab, enc.eot_token) == ("gpt2", 262, 261) and len(enc.encode("the")) < 3
+
+
+def kept(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.suffix != ".lock"} if folder.exists() else set()
 
 
 def test_the_vocabulary_goes_where_tiktoken_looks(vocabulary, tmp_path):
     for _ in range(2):
-        assert load_tokenizer("gpt2") == ("the BPE of", "gpt2")
-    assert len(vocabulary.requests) == 2
-    names = {p.name for p in (tmp_path / "tiktoken").iterdir() if p.suffix != ".lock"}
-    assert names == {"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"}
+        assert is_the_small_one(load_tokenizer("gpt2"))
+    assert len(vocabulary.requests) == 2 and kept(tmp_path / "tiktoken") == set(KEYS.values())
+
+
+@pytest.mark.parametrize("setting", [None, ""])
+def test_without_a_setting_it_goes_to_the_users_own_cache(vocabulary, tmp_path, monkeypatch, setting):
+    """Never to a predictable name in a folder that all users of the machine share."""
+    monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path / "mine"))
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    if setting is None:
+        monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    else:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", setting)
+    assert is_the_small_one(load_tokenizer("gpt2"))
+    assert kept(tmp_path / "mine" / "tiktoken") == set(KEYS.values()) and not list((tmp_path / "shared").iterdir())
+    if os.name == "posix":
+        assert (tmp_path / "mine" / "tiktoken").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of folders are POSIX's")
+def test_a_cache_that_others_can_write_is_not_written(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path / "open"))
+    (tmp_path / "open" / "tiktoken").mkdir(parents=True)
+    (tmp_path / "open" / "tiktoken").chmod(0o777)
+    with pytest.raises(FetchError, match="can be written by other users"):
+        load_tokenizer("gpt2")
+    assert vocabulary.requests == [] and not kept(tmp_path / "open" / "tiktoken")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_tiktoken_left_in_the_shared_folder_is_read_if_it_is_right(vocabulary, tmp_path, right):
+    old = tmp_path / "shared" / "data-gym-cache"
+    old.mkdir()
+    for name, key in KEYS.items():
+        body = vocabulary.files[f"/gpt-2/encodings/main/{name}"].body
+        (old / key).write_bytes(body if right else body.replace(b"h", b"x"))
+    assert is_the_small_one(load_tokenizer("gpt2"))
+    assert len(vocabulary.requests) == (0 if right else 2) and kept(old) == set(KEYS.values())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are POSIX's")
+@pytest.mark.parametrize("suffix", [".part", ".lock"])
+def test_a_link_under_the_name_of_the_part_or_the_lock_is_not_followed(vocabulary, tmp_path, suffix):
+    (tmp_path / "tiktoken").mkdir()
+    (tmp_path / "diary").write_text("mine")
+    (tmp_path / "tiktoken" / (KEYS["vocab.bpe"] + suffix)).symlink_to(tmp_path / "diary")
+    with pytest.raises(FetchError, match=f"{suffix} is a link"):
+        load_tokenizer("gpt2")
+    assert (tmp_path / "diary").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become two users")
+def test_a_part_of_another_user_is_not_written(server, body, path):
+    server.files["/f"] = File(body)
+    path.parent.mkdir()
+    part = path.with_name("file.part")
+    part.write_bytes(body[:1000])
+    os.chown(part, 65534, 65534)
+    with pytest.raises(FetchError, match="belongs to another user"):
+        download(f"{server.url}/f", path, sha256=sha(body), **QUICK)
+    assert part.read_bytes() == body[:1000] and not path.exists()
 
 
 def test_a_vocabulary_that_is_not_the_right_one_is_refused(vocabulary, tmp_path):
@@ -259,8 +335,7 @@ def test_a_vocabulary_that_is_not_the_right_one_is_refused(vocabulary, tmp_path)
     with pytest.raises(FetchError, match="SHA-256") as caught:
         load_tokenizer("gpt2")
     assert all(w in str(caught.value) for w in ("TIKTOKEN_CACHE_DIR", "mini", "MINIGPT_OPENAI_URL", vocabulary.url))
-    names = {p.name for p in (tmp_path / "tiktoken").iterdir() if p.suffix != ".lock"}
-    assert names == {"6d1cbeee0f20b3d9449abfede4726ed8212e3aee"}
+    assert kept(tmp_path / "tiktoken") == {KEYS["vocab.bpe"]}
 
 
 def test_the_real_vocabulary_has_the_hashes_that_are_pinned(gpt2_encoding):
@@ -274,9 +349,17 @@ def test_the_real_vocabulary_has_the_hashes_that_are_pinned(gpt2_encoding):
     assert all(expected in source.read_text() for expected in tokenizer._GPT2_FILES.values())
 
 
-def test_a_folder_with_openais_hparams_has_gpt2s_vocabulary(vocabulary, tmp_path):
-    (tmp_path / "hparams.json").write_text('{"n_vocab": 50257}')
-    assert load_tokenizer(tmp_path) == ("the BPE of", "gpt2")
+def test_a_folder_in_openais_layout_has_gpt2s_vocabulary_unless_it_brings_its_own(vocabulary, tmp_path):
+    folder = tmp_path / "124M"
+    folder.mkdir()
+    (folder / "hparams.json").write_text('{"n_vocab": 50257}')
+    assert is_the_small_one(load_tokenizer(folder))
+    (folder / "hparams.json").write_text('{"n_vocab": 262}')
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
+        load_tokenizer(folder)
+    for name in KEYS:
+        (folder / name).write_bytes(vocabulary.files[f"/gpt-2/encodings/main/{name}"].body)
+    assert load_tokenizer(folder).name == "124M" and load_tokenizer(folder).n_vocab == 262
 
 
 def test_the_address_follows_the_mirror(monkeypatch):

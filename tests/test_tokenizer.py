@@ -1,8 +1,9 @@
-"""tokenizer: trainer against a slow explicit one, encoder against tiktoken, files and errors."""
+"""minigpt_lib.text: trainer against a slow explicit one, encoder against tiktoken, files and errors."""
 
 import base64
 import json
 import random
+import time
 import unicodedata
 from collections import Counter
 
@@ -18,7 +19,6 @@ from minigpt_lib.text.bpe import (
     GPT2_PATTERN,
     BPETokenizer,
     PairIndex,
-    Vocabulary,
     check_ranks,
     count_pretokens,
     iter_merges,
@@ -247,6 +247,58 @@ def test_ids_equal_tiktokens_whatever_the_vocabulary(seed):
             assert bpe.encode_ordinary(text) == enc.encode_ordinary(text), f"seed {seed}: {text!r}"
 
 
+@pytest.mark.parametrize("kind", ["one letter", "two letters", "latin", "chinese", "digits", "signs", "spaces"])
+def test_a_word_of_ten_thousand_letters_takes_less_than_a_second(ranks, kind, seed):
+    letters = {"one letter": "a", "two letters": "ab", "latin": "abcdefghijklmnopqrstuvwxyzé", "digits": "0123456789",
+               "chinese": [chr(c) for c in range(0x4E00, 0x5000)], "signs": "!?#-", "spaces": " \t"}[kind]  # fmt: skip
+    word = "".join(random.Random(seed).choices(letters, k=10_000))
+    bpe, enc = BPETokenizer(ranks), as_tiktoken(ranks)
+    start = time.process_time()
+    ids = bpe.encode_ordinary(word)
+    assert time.process_time() - start < 1, f"seed {seed}"
+    assert ids == enc.encode_ordinary(word), f"seed {seed}"
+
+
+def test_merging_in_a_heap_is_merging_step_by_step(seed):
+    """Any table, ranks in any order, tokens to which no merge leads included."""
+    rng = random.Random(seed)
+    for _ in range(300):
+        words = {bytes(rng.choices(b"abc", k=rng.randint(2, 6))) for _ in range(rng.randint(1, 12))}
+        table = {token: i for i, token in enumerate(rng.sample([*BYTES, *words], 256 + len(words)))}
+        piece = bytes(rng.choices(b"abc", k=rng.randint(0, 40)))
+        parts = [bytes([b]) for b in piece]
+        while found := [(table[a + b], i) for i, (a, b) in enumerate(neighbours(parts)) if a + b in table]:
+            i = min(found)[1]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        assert merge_bytes(piece, table) == parts, f"seed {seed}: {piece}"
+
+
+def test_ids_equal_tiktokens_on_every_character_that_both_know():
+    """Only characters newer than one of the two may be cut differently: whether they are letters depends on its age."""
+    bpe, enc = BPETokenizer(BYTES | {b"a1": 256}), as_tiktoken(BYTES | {b"a1": 256})
+
+    def kinds(character: str) -> list[list[str]]:
+        """How the pattern takes it: a letter, a number, white space or a sign, by Python's regex and by tiktoken's."""
+        cuts = {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}
+        here = [k for k, pattern in cuts.items() if regex.fullmatch(pattern, character)]
+        there = [k for k, e in rust.items() if e.encode_ordinary(character)]
+        return [here, there]
+
+    rust = {k: tiktoken.Encoding(k, pat_str=p, mergeable_ranks=BYTES, special_tokens={})
+            for k, p in {"L": r"\p{L}", "N": r"\p{N}", "S": r"\s"}.items()}  # fmt: skip
+    known = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+    assert len(known) > 250_000
+    for start in range(0, len(known), 50_000):
+        text = "".join(f"a{c}1{c} {c}'s\n" for c in known[start : start + 50_000])
+        assert bpe.encode_ordinary(text) == enc.encode_ordinary(text)
+    new = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) == "Cn"][::97]
+    for c in new:
+        here, there = kinds(c)
+        if here == there:
+            text = f"a{c}1{c} {c}'s"
+            assert bpe.encode_ordinary(text) == enc.encode_ordinary(text), hex(ord(c))
+
+
 def test_ranks_in_another_order_change_the_cuts_as_in_tiktoken(seed):
     rng = random.Random(seed)
     tokens = [*BYTES, b"ab", b"bc", b"abc", b"bcd", b"cd", b"abcd", b"aa", b"aaa"]
@@ -327,12 +379,12 @@ def test_only_the_allowed_special_tokens_pass(ranks):
 
 
 def test_ids_outside_the_vocabulary_are_refused(ranks):
-    vocabulary = Vocabulary(ranks)
+    vocabulary = BPETokenizer(ranks)
     for bad in (700, -1, 10**9):
         with pytest.raises(ValueError, match=rf"token id {bad} .*end at 699"):
             vocabulary.decode([65, bad])
     with pytest.raises(ValueError, match="token id 750 "):
-        Vocabulary(ranks, {"<|y|>": 800}).decode([750])  # in the gap between the ranks and the special token
+        BPETokenizer(ranks, special={"<|y|>": 800}).decode([750])  # in the gap between the ranks and the special token
 
 
 def test_a_table_with_missing_bytes_or_gaps_is_refused():
@@ -340,18 +392,19 @@ def test_a_table_with_missing_bytes_or_gaps_is_refused():
     with pytest.raises(ValueError, match="here: 2 of the 256 bytes have no rank, the first is byte 7"):
         check_ranks(without, "here")
     for bad in (BYTES | {b"ab": 257}, BYTES | {b"ab": 255}):
-        for use in (check_ranks, Vocabulary, BPETokenizer):
+        for use in (check_ranks, BPETokenizer):
             with pytest.raises(ValueError, match="ranks of 257 tokens must be 0 to 256"):
                 use(bad)
     for special in ({"<|x|>": 255}, {"<|x|>": 256, "<|y|>": 256}):
         with pytest.raises(ValueError, match="clash"):
-            Vocabulary(BYTES, special)
+            BPETokenizer(BYTES, special=special)
 
 
 # --- files ---
 
 
-def test_files_are_tiktokens_format_and_come_back(ranks, tmp_path):
+def test_files_are_tiktokens_format_and_come_back(ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # tiktoken would keep a copy of the file in the temporary folder
     file = tmp_path / "new" / "t.tiktoken"
     save_ranks(dict(reversed(ranks.items())), file)
     assert load_ranks(file) == load_tiktoken_bpe(str(file)) == ranks
@@ -437,22 +490,31 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path):
         assert load_tokenizer(name).n_vocab == 300
 
 
-def test_a_folder_without_a_tokenizer_gets_gpt2s_only_if_its_size_fits(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "download", lambda url, path, sha256: path)
-    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: ("the BPE of", name))
-    assert load_tokenizer(make_folder(tmp_path, None, {"vocab_size": 50257})) == ("the BPE of", "gpt2")
-    assert load_tokenizer("gpt2-medium") == ("the BPE of", "gpt2")
-    make_folder(tmp_path, None, {"vocab_size": 50304})
-    with pytest.raises(FileNotFoundError, match="no tokenizer.tiktoken.*vocab_size 50304.*50257"):
+@pytest.mark.parametrize("size", [50257, 50304, 4096, None])
+def test_a_folder_without_a_tokenizer_gets_none_whatever_its_size(tmp_path, size):
+    make_folder(tmp_path, None, {"vocab_size": size} if size else None)
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*merges.txt.*save_tokenizer") as caught:
         load_tokenizer(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt", "spiece.model", "vocab.json"])
+def test_a_tokenizer_of_another_kind_is_named(tmp_path, name):
+    make_folder(tmp_path, None, {"vocab_size": 50257})
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer in .*only {name}"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("size", [299, 301, 50257])
+@pytest.mark.parametrize("size", [300, 301, 320, 50257])
+def test_a_model_may_have_more_rows_than_there_are_tokens(tmp_path, size):
+    enc = load_tokenizer(make_folder(tmp_path, 300, {"vocab_size": size, "eos_token_id": size - 1}))
+    assert (enc.n_vocab, enc.eot_token) == (300, 299)  # the id of a row without a token ends nothing
+
+
+@pytest.mark.parametrize("size", [299, 256])
 def test_a_tokenizer_that_does_not_fit_its_model_is_refused(tmp_path, size):
-    with pytest.raises(ValueError, match=rf"has 300 tokens, but .*config\.json says vocab_size {size}"):
+    with pytest.raises(ValueError, match=rf"has 300 tokens, but .*config says vocab_size {size}"):
         load_tokenizer(make_folder(tmp_path, 300, {"vocab_size": size}))
 
 
@@ -466,12 +528,13 @@ def test_unknown_names_and_unreachable_files_say_the_way_out(monkeypatch, tmp_pa
     with pytest.raises(ValueError, match="unknown model 'gpt-2': use one of mini, gpt2"):
         load_tokenizer("gpt-2")
 
-    def offline(name):
+    def offline(*_args, **_kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(tokenizer, "download", lambda url, path, sha256: path)
-    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
-    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR.*'mini'"):
+    monkeypatch.setattr(tokenizer, "download", offline)
+    monkeypatch.setattr(tokenizer.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR.*'mini'.*no route to host"):
         load_tokenizer("gpt2")
 
 

@@ -1,21 +1,29 @@
-"""runtime: the device and its description, number format, seeds, model names and choice, the data folder."""
+"""minigpt_lib.devices: the device and its description, number format, seeds."""
 
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minigpt_lib import devices, paths
-from minigpt_lib.devices import DeviceInfo, describe_device, pick_device, pick_dtype, seed_everything
-from minigpt_lib.paths import MODEL_NAMES, ModelChoice, check_model_name, choose_model, data_dir
+from minigpt_lib import devices
+from minigpt_lib.devices import DeviceInfo, describe_device, pick_device, pick_dtype, prepare_device, seed_everything
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch):
-    for name in ("MINIGPT_DEVICE", "MINIGPT_MODEL", "MINIGPT_DATA"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MINIGPT_DEVICE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def cudnn(monkeypatch) -> list[bool]:
+    """What PyTorch's switch for attention by cuDNN is set to, in order; the real one stays as it is."""
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    return calls
 
 
 @pytest.fixture
@@ -46,6 +54,36 @@ def test_an_argument_beats_the_environment_which_beats_the_default(machine, monk
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("MINIGPT_DEVICE", "")
     assert pick_device().type == "cuda"
+
+
+@pytest.mark.parametrize("asked", [None, "cuda", "cuda:1", "environment"])
+def test_attention_by_cudnn_is_off_where_a_cuda_device_is_chosen(machine, monkeypatch, cudnn, asked):
+    """It plans anew for every length: 56 ms a token instead of 3 on an H200."""
+    machine(cuda=2)
+    if asked == "environment":
+        monkeypatch.setenv("MINIGPT_DEVICE", "cuda:1")
+        asked = None
+    assert pick_device(asked).type == "cuda" and cudnn == [False]
+    assert prepare_device(torch.device("cuda", 1)) == torch.device("cuda:1") and cudnn == [False, False]
+
+
+def test_other_devices_and_refusals_leave_that_switch_alone(machine, cudnn):
+    machine(cuda=0, mps=True)
+    assert pick_device().type == "mps" and pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="not available"):
+        pick_device("cuda")
+    assert cudnn == []
+
+
+def test_importing_the_library_leaves_that_switch_alone():
+    code = """
+import torch
+torch.backends.cuda.enable_cudnn_sdp(True)
+import minigpt_lib.devices, minigpt_lib.generation, minigpt_lib.weights
+print(torch.backends.cuda.cudnn_sdp_enabled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:2", "cuda:x", "cuda:-1", "cpu:1", "gpu", "mps", "CUDA"])
@@ -142,69 +180,3 @@ def test_the_returned_generator_is_independent_of_the_global_one(seed):
     assert torch.equal(torch.rand(5, generator=generator), expected), f"seed {seed}"
     seed_everything(seed)
     assert torch.equal(torch.rand(5), expected), f"seed {seed}: global generator"
-
-
-@pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "cuda:3"])
-def test_the_device_decides_about_the_default_model(device):
-    expected = "mini" if device == "cpu" else "gpt2"
-    for d in (device, torch.device(device)):
-        assert choose_model(d) == ModelChoice(expected, asked=False)
-
-
-def test_a_model_that_somebody_named_is_marked_as_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("MINIGPT_MODEL", "gpt2-large")
-    assert choose_model("cpu") == ModelChoice("gpt2-large", asked=True)
-    assert choose_model("cuda", "mini") == ModelChoice("mini", asked=True)
-    assert choose_model("cpu", str(tmp_path)) == ModelChoice(str(tmp_path), asked=True)
-    assert str(choose_model("cpu", "gpt2")) == "gpt2"
-    monkeypatch.setenv("MINIGPT_MODEL", "")
-    assert choose_model("cpu") == ModelChoice("mini", asked=False)
-
-
-@pytest.mark.parametrize("name", ["gpt3", "Mini", "no/such/folder", ""])
-def test_an_unknown_model_is_refused_and_the_known_ones_are_listed(monkeypatch, name):
-    with pytest.raises(ValueError) as caught:
-        check_model_name(name)
-    assert repr(name) in str(caught.value) and all(known in str(caught.value) for known in MODEL_NAMES)
-    if name:
-        monkeypatch.setenv("MINIGPT_MODEL", name)
-        with pytest.raises(ValueError, match="unknown model"):
-            choose_model("cpu")
-
-
-def test_a_file_is_no_model(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    with pytest.raises(ValueError, match="unknown model"):
-        check_model_name(str(file))
-
-
-def test_the_data_lie_beside_the_package():
-    folder = data_dir()
-    assert (folder / "mini" / "tokenizer.tiktoken").is_file()
-
-
-def test_the_data_folder_can_be_moved(monkeypatch, tmp_path):
-    monkeypatch.setenv("MINIGPT_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as caught:
-        data_dir()
-    assert str(tmp_path) in str(caught.value) and "MINIGPT_DATA" in str(caught.value)
-    (tmp_path / "mini").mkdir()
-    assert data_dir() == tmp_path
-    monkeypatch.setenv("HOME", str(tmp_path.parent))
-    monkeypatch.setenv("MINIGPT_DATA", f"~/{tmp_path.name}")
-    assert data_dir() == tmp_path
-
-
-@pytest.mark.parametrize("place", ["beside", "inside"])
-def test_a_working_copy_and_a_wheel_both_find_their_data(monkeypatch, tmp_path, place):
-    package = tmp_path / "minigpt_lib"
-    package.mkdir()
-    spec = SimpleNamespace(origin=str(package / "__init__.py"))
-    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(FileNotFoundError) as caught:
-        data_dir()
-    assert str(tmp_path / "data") in str(caught.value) and str(package / "data") in str(caught.value)
-    data = (tmp_path if place == "beside" else package) / "data"
-    (data / "mini").mkdir(parents=True)
-    assert data_dir() == data
