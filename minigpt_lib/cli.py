@@ -79,7 +79,8 @@ def run_generate(args: argparse.Namespace) -> int:
 
     Returns 1 if some of --lines were refused, each of which says so and leaves the others alone, else 0.
     """
-    from minigpt_lib.chat.session import NO_ADAPTER, Sampling, load_models, stream_reply, stream_text
+    from minigpt_lib.chat.models import NO_ADAPTER, load_models
+    from minigpt_lib.chat.session import Sampling, stream_reply, stream_text
 
     prompts, refused = _prompts(args), 0
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "min_p", "repetition_penalty")
