@@ -13,7 +13,7 @@ from scripted import TINY, scripted_models, tiny_folder
 
 from minigpt_lib.chat.app import QUEUE, WORKERS
 from minigpt_lib.chat.inspect import attention_maps
-from minigpt_lib.chat.session import load_models
+from minigpt_lib.chat.models import load_models
 
 pytest.importorskip("gradio", reason="the chat app needs Gradio")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -20,7 +20,8 @@ import minigpt_lib
 from minigpt_lib.chat.app import QUEUE, SESSIONS, WORKERS, build_app, check_port, launch
 from minigpt_lib.chat.handlers import CONTROLS, ChatHandlers
 from minigpt_lib.chat.inspect import attention_maps
-from minigpt_lib.chat.session import Sampling, load_models, stream_reply
+from minigpt_lib.chat.models import load_models
+from minigpt_lib.chat.session import Sampling, stream_reply
 from minigpt_lib.generation.decode import generate
 from minigpt_lib.tuning.metrics import reply
 
@@ -84,7 +85,7 @@ NAMED = {  # the whole API: each parameter with its default, in this order
 NAMED["/retry"] = {name: value for name, value in NAMED["/chat"].items() if name != "message"}
 TALK = ["Message", "Conversation", "Cost", "Tokens", "History"]
 RETURNS = {"/side_by_side": ["Notice", "Base model", "Tuned model"], "/attention": ["One head", "All heads"]}
-NAMED["/side_by_side"] = NAMED["/chat"] | {"message": "What is the capital of Norway?"}
+NAMED["/side_by_side"] = NAMED["/chat"] | {"message": "Tell me a short story about a fox."}
 
 
 def test_every_endpoint_has_a_name_a_description_and_named_parameters_with_defaults(served):
@@ -403,7 +404,7 @@ def test_whoever_closes_the_page_takes_the_cache_along(busy):
     names = {session.name for session in sessions}
 
     def kept() -> set[str]:
-        return names & {key[0] for key in list(do.caches._things)}
+        return names & {key[0] for key in list(do.caches.kept._things)}
 
     with ExitStack() as pages:
         for session in sessions:  # a page keeps this open as long as it is there

@@ -263,7 +263,7 @@ def check_port(port: int | None, host: str = "127.0.0.1") -> int:
             ) from error
         return probe.getsockname()[1]
 
-# %% ../../notebooks/09c_serving.ipynb #9c9280e9
+# %% ../../notebooks/09c_serving.ipynb #689f89cb
 _SERVED: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the app that this process serves on a port
 
 
@@ -274,7 +274,7 @@ def _past_the_proxy() -> None:
         if "*" not in names:
             os.environ[name] = ",".join(dict.fromkeys([*names, "127.0.0.1", "localhost"]))
 
-
+# %% ../../notebooks/09c_serving.ipynb #9c9280e9
 def launch(
     app: Any,
     port: int | None = 7860,

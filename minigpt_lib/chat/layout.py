@@ -7,6 +7,7 @@ __all__ = ['EXAMPLES', 'static', 'conversation', 'need_gradio', 'app_theme', 'he
 import html
 from collections.abc import Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 from .models import NO_ADAPTER, STRENGTH, ChatModels
@@ -51,8 +52,12 @@ def need_gradio() -> Any:
     """The gradio module. Raises ImportError with the way to install it; an error inside Gradio stays what it is."""
     try:
         import gradio
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
+    except ImportError as error:
+        try:
+            broken = find_spec("gradio") is not None
+        except ImportError:
+            broken = False
+        if broken:
             raise
         raise ImportError('the chat app needs Gradio: pip install "minigpt-lib[course]"') from error
     return gradio

@@ -132,6 +132,42 @@ def timed(items: Iterator[Item]) -> Iterator[tuple[float, Item]]:
         yield time.perf_counter() - begin, item
         begin = time.perf_counter()
 
+# %% ../../notebooks/09_chat.ipynb #e9245286
+def _write(made: Iterator[Step], enc: tiktoken.Encoding, reply: Reply, cut: str) -> Iterator[Reply]:
+    """The reply after each step; `cut` says why it ends if no stop token comes."""
+    letters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for seconds, (i, step) in timed((int(step.ids[0]), step) for step in made):  # int() waits for a GPU
+        spent = reply.seconds + seconds
+        first = reply.first_token_s or spent
+        reply = replace(reply, ids=(*reply.ids, i), seconds=spent, first_token_s=first, step=step)
+        if i == enc.eot_token:
+            cut = "end"
+            break
+        try:
+            reply = replace(reply, text=reply.text + letters.decode(enc.decode_single_token_bytes(i)))
+        except KeyError:
+            raise ValueError(f"token id {i} is outside the tokenizer's vocabulary of {enc.n_vocab} tokens") from None
+        yield reply
+    yield replace(reply, text=reply.text + letters.decode(b"", final=True), finish=cut)
+
+# %% ../../notebooks/09_chat.ipynb #3176c694
+def _begin(
+    model: GPTLanguageModel,
+    enc: tiktoken.Encoding,
+    prompt: list[int],
+    sampling: Sampling,
+    cache: KVCache | None = None,
+    dropped: int = 0,
+) -> Iterator[Reply]:
+    """The replies to a prompt that fits."""
+    n_ctx, idx = model.config.n_ctx, torch.tensor([prompt])  # (1, T)
+    budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
+    cache = cache if sampling.use_cache else None
+    reused = 0 if cache is None else cache.reuse(idx)
+    made = steps(model, idx, budget, stop_ids=(enc.eot_token,), kv_cache=cache, **sampling.options())
+    blank = Reply("", (), 0.0, 0.0, len(prompt), reused, n_ctx, dropped, "")
+    return _write(made, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
+
 # %% ../../notebooks/09_chat.ipynb #7c11e95c
 def stream_reply(
     model: GPTLanguageModel,
@@ -163,39 +199,3 @@ def stream_text(
     if not 0 < len(prompt) < n_ctx:
         raise ValueError(f"the text has {len(prompt)} tokens; 1 to {n_ctx - 1} can be continued within n_ctx={n_ctx}")
     return _begin(model, enc, prompt, sampling or Sampling())
-
-# %% ../../notebooks/09_chat.ipynb #3176c694
-def _begin(
-    model: GPTLanguageModel,
-    enc: tiktoken.Encoding,
-    prompt: list[int],
-    sampling: Sampling,
-    cache: KVCache | None = None,
-    dropped: int = 0,
-) -> Iterator[Reply]:
-    """The replies to a prompt that fits."""
-    n_ctx, idx = model.config.n_ctx, torch.tensor([prompt])  # (1, T)
-    budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
-    cache = cache if sampling.use_cache else None
-    reused = 0 if cache is None else cache.reuse(idx)
-    made = steps(model, idx, budget, stop_ids=(enc.eot_token,), kv_cache=cache, **sampling.options())
-    blank = Reply("", (), 0.0, 0.0, len(prompt), reused, n_ctx, dropped, "")
-    return _write(made, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
-
-# %% ../../notebooks/09_chat.ipynb #e9245286
-def _write(made: Iterator[Step], enc: tiktoken.Encoding, reply: Reply, cut: str) -> Iterator[Reply]:
-    """The reply after each step; `cut` says why it ends if no stop token comes."""
-    letters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for seconds, (i, step) in timed((int(step.ids[0]), step) for step in made):  # int() waits for a GPU
-        spent = reply.seconds + seconds
-        first = reply.first_token_s or spent
-        reply = replace(reply, ids=(*reply.ids, i), seconds=spent, first_token_s=first, step=step)
-        if i == enc.eot_token:
-            cut = "end"
-            break
-        try:
-            reply = replace(reply, text=reply.text + letters.decode(enc.decode_single_token_bytes(i)))
-        except KeyError:
-            raise ValueError(f"token id {i} is outside the tokenizer's vocabulary of {enc.n_vocab} tokens") from None
-        yield reply
-    yield replace(reply, text=reply.text + letters.decode(b"", final=True), finish=cut)
