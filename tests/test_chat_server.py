@@ -79,7 +79,7 @@ NAMED = {  # the whole API: each parameter with its default, in this order
               "strength": 1, "watch": False},
     "/clear": {},
     "/undo": {},
-    "/attention": {"text": "The capital of Norway is Oslo.", "layer": 1, "head": 0, "adapter": "capitals",
+    "/attention": {"text": "The capital of Norway is Oslo.", "layer": 1, "head": 1, "adapter": "capitals",
                    "strength": 1},
 }  # fmt: skip
 NAMED["/retry"] = {name: value for name, value in NAMED["/chat"].items() if name != "message"}
@@ -313,8 +313,11 @@ def test_a_port_in_use_or_out_of_range_is_named_with_the_way_out(served):
     port = int(address.rsplit(":")[-1])
     with pytest.raises(OSError, match=rf"port {port} .*--port {port + 1}"):
         check_port(port)
-    with pytest.raises(OSError, match=f"port {port} "):
-        launch(build_app(models), port, block=False)
+    with socket.socket() as theirs:
+        theirs.bind(("127.0.0.1", 0))
+        taken = theirs.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {taken} "):
+            launch(build_app(models), taken, block=False)
     for bad in (-1, 65536):
         with pytest.raises(ValueError, match=f"port={bad} must be from 0 to 65535"):
             check_port(bad)

@@ -216,14 +216,14 @@ def build_app(
     with gr.Blocks(title=f"MiniGPT · {models.name}", analytics_enabled=False) as app:
         gr.HTML(header(models))
         with gr.Row(elem_id="desk"):
-            with gr.Column(min_width=0):
+            with gr.Column(scale=2, min_width=0):
                 with gr.Tab("Chat"):
                     chat = chat_tab(models)
                 with gr.Tab("Side by side"):
                     both = compare_tab(models)
                 with gr.Tab("Attention") as tab:
                     look = attention_tab(models) | {"tab": tab}
-            with gr.Column(min_width=0, elem_id="aside"):
+            with gr.Column(scale=1, min_width=0, elem_id="aside"):
                 chat["choices"] = gr.HTML("", elem_id="choices", label="Tokens", apply_default_css=False)
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     named = settings(models) | {"watch": chat["watch"]}

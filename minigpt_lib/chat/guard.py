@@ -16,7 +16,7 @@ CLOSED = ("upload", "upload_progress", "deep_link", "component_server", "run-his
           "proxy=", "file=")
 Send = Callable[[dict], Awaitable[None]]
 
-# %% ../../notebooks/09c_serving.ipynb #e4e94b34
+# %% ../../notebooks/09c_serving.ipynb #818263ad
 class Guard:
     """ASGI middleware that answers requests of this page and refuses those of others; see `refusal`.
 
@@ -76,10 +76,11 @@ class Guard:
         """Is this Host header a name under which the page is served?"""
         try:
             name = urlsplit(f"//{host}").hostname or ""
-            numbers = bool({"0.0.0.0", "::"} & self.hosts) and ipaddress.ip_address(name)  # rebinding needs a name
+            if name in self.hosts or not {"0.0.0.0", "::"} & self.hosts:
+                return name in self.hosts
+            return bool(ipaddress.ip_address(name))  # on all addresses: any number will do, as rebinding needs a name
         except ValueError:
-            numbers = False
-        return bool(host) and (name in self.hosts or bool(numbers))
+            return False
 
     async def whole(self, receive: Callable) -> Callable:
         """Read the body; returns a `receive` that hands it on in one piece. Raises ValueError beyond MAX_BODY."""

@@ -164,6 +164,7 @@ def compare_tab(models: ChatModels) -> dict[str, Any]:
 def attention_tab(models: ChatModels) -> dict[str, Any]:
     """A text, a layer and a head, and where the head looks, with all heads at a glance."""
     gr, config = need_gradio(), models.base.config
+    layer, head = min(2, config.n_layer), min(4, config.n_head)  # in mini: " is" looks at " Norway"
     script = static("app.js") + "minigpt.heads(element, trigger);"
     with gr.Row(elem_classes="ask"):
         part = {"box": gr.Textbox("The capital of Norway is Oslo.", label="A text", elem_id="text", **_LINE)}
@@ -172,9 +173,9 @@ def attention_tab(models: ChatModels) -> dict[str, Any]:
                                              label="All heads", apply_default_css=False)
     with gr.Row():
         whole = {"step": 1, "precision": 0, "min_width": 140}
-        part["layer"] = gr.Slider(1, max(2, config.n_layer), 1, label="Layer", info="1: first", elem_id="layer",
+        part["layer"] = gr.Slider(1, max(2, config.n_layer), layer, label="Layer", info="1: first", elem_id="layer",
                                   **whole)
-        part["head"] = gr.Slider(0, config.n_head, 0, label="Head", info="0: mean", elem_id="head", **whole)
+        part["head"] = gr.Slider(0, config.n_head, head, label="Head", info="0: mean", elem_id="head", **whole)
     part["map"] = gr.HTML("", elem_id="map", label="One head", apply_default_css=False)
     return part
 
