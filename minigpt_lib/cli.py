@@ -126,7 +126,8 @@ def run_generate(args: argparse.Namespace) -> int:
 def _writer(args: argparse.Namespace) -> Callable[[str], Iterator[Any]]:
     """The function from a prompt to its growing reply that the options ask for."""
     from minigpt_lib.api import WRITING, best_decoder, fast_decoder, sampling_from
-    from minigpt_lib.chat.session import NO_ADAPTER, load_models, stream_reply, stream_text
+    from minigpt_lib.chat.models import NO_ADAPTER, load_models
+    from minigpt_lib.chat.session import stream_reply, stream_text
 
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed", "min_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -7,7 +7,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from minigpt_lib.chat.session import ChatModels
+from minigpt_lib.chat.models import ChatModels
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.text.tokenizer import load_tokenizer, save_ranks
 from minigpt_lib.tuning.lora import add_lora, lora_parameters

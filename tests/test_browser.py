@@ -13,7 +13,7 @@ from scripted import TINY, scripted_models, tiny_folder
 
 from minigpt_lib.chat.app import QUEUE, WORKERS
 from minigpt_lib.chat.inspect import attention_maps
-from minigpt_lib.chat.session import load_models
+from minigpt_lib.chat.models import load_models
 
 pytest.importorskip("gradio", reason="the chat app needs Gradio")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -94,10 +94,15 @@ def set_new_tokens(page, n: int) -> None:
     set_number(page, "New tokens", n)
 
 
+def open_settings(page) -> None:
+    """A wide page opens them by itself."""
+    if not page.get_by_label("number input for New tokens").is_visible():
+        page.get_by_text("Settings", exact=True).click()
+
+
 def set_number(page, name: str, n: int) -> None:
     box, slider = page.get_by_label(f"number input for {name}"), page.get_by_label(f"range slider for {name}")
-    if not box.is_visible():
-        page.get_by_text("Settings", exact=True).click()
+    open_settings(page)
     for _ in range(20):  # a page that is still being set up may put its own value back
         box.fill(str(n))
         box.press("Tab")
@@ -229,7 +234,7 @@ def test_who_waits_sees_the_place_in_the_queue_and_can_leave_it(page, served, wa
         left = ["Before", LETTERS[:3]] if way_out == "#stop" else []
         expect(page, lambda p: said(p) == left)
         kept = page.locator("#message textarea").input_value()
-        assert kept == ("Shall I wait?" if way_out == "#stop" else "")
+        assert kept == "Shall I wait?"
     expect_still(served[1])
     page.wait_for_timeout(300)
     assert said(page) == left, "a request that was taken back was answered"
@@ -320,7 +325,7 @@ def test_enter_sends_and_a_second_enter_waits(page):
 
 
 def test_the_seed_is_empty_and_the_cache_is_on_to_begin_with(page):
-    page.get_by_text("Settings", exact=True).click()
+    open_settings(page)
     assert page.get_by_label("Seed").input_value() == ""
     cache = page.get_by_label("KV cache")
     assert cache.is_checked()
@@ -371,7 +376,8 @@ def test_edit_undo_and_copy(page):
     send(page, "Again")
     expect(page, lambda p: said(p)[2:] == ["Again", LETTERS[:4]])
     page.locator("#talk article.user button", has_text="Edit").first.click()
-    expect(page, lambda p: said(p) == [] and p.locator("#message textarea").input_value() == "First <b>")
+    expect(page, lambda p: p.locator("#message textarea").input_value() == "First <b>")
+    assert len(said(page)) == 4 and page.locator("#talk .going").count() == 3
     page.locator("#message textarea").fill("Changed")
     page.locator("#message textarea").press("Enter")
     expect(page, lambda p: said(p) == ["Changed", LETTERS[:4]])
@@ -443,7 +449,7 @@ def test_a_forged_history_in_the_browser_does_no_harm(browser, served):
 
 def test_the_alternatives_of_each_token_can_be_reached_by_mouse_and_by_keyboard(page):
     set_new_tokens(page, 6)
-    page.get_by_label("Show what tokens are chosen from").check()
+    page.get_by_label("Show alternatives").check()
     send(page, "Hello")
     expect(page, lambda p: p.locator("#choices input").count() == 6)
     assert page.locator("#choices label").all_inner_texts() == list(LETTERS[:6])
@@ -453,7 +459,7 @@ def test_the_alternatives_of_each_token_can_be_reached_by_mouse_and_by_keyboard(
     assert "D" in visible.locator(".taken").inner_text() and "100.0 %" in visible.locator(".taken").inner_text()
     page.keyboard.press("ArrowRight")
     assert "E" in visible.locator(".taken").inner_text() and visible.locator("tbody tr").count() == 8
-    page.get_by_label("Show what tokens are chosen from").uncheck()
+    page.get_by_label("Show alternatives").uncheck()
     expect(page, lambda p: p.locator("#choices input").count() == 0)
     page.locator("#talk article.assistant button", has_text="Tokens").click()
     expect(page, lambda p: p.locator("#choices input").count() == 6)
@@ -461,7 +467,7 @@ def test_the_alternatives_of_each_token_can_be_reached_by_mouse_and_by_keyboard(
 
 def test_what_the_next_token_is_drawn_from_is_shown_live(page, served):
     set_new_tokens(page, 400)
-    page.get_by_label("Show what tokens are chosen from").check()
+    page.get_by_label("Show alternatives").check()
     send(page, "Hello")
     seen = set()
 
@@ -510,7 +516,7 @@ def test_a_head_is_chosen_among_all_by_mouse_by_keyboard_and_by_number(browser, 
         numbers = [page.get_by_label(f"number input for {n}").input_value() for n in ("Layer", "Head")]
         return titles == wanted and numbers == [f"{layer}", f"{head}"]
 
-    expect(page, lambda p: drawn(1, 0))
+    expect(page, lambda p: drawn(2, 2))
     page.locator("label[for=head-3-1]").click()
     expect(page, lambda p: drawn(3, 1))
     page.keyboard.press("ArrowRight")
@@ -524,16 +530,173 @@ def test_a_head_is_chosen_among_all_by_mouse_by_keyboard_and_by_number(browser, 
 
 def test_the_adapter_is_switched_off_and_on(page):
     set_new_tokens(page, 5)
-    page.get_by_label("none", exact=True).check()
+    page.get_by_label("base model", exact=True).check()
     send(page, "Hello")
     expect(page, lambda p: reply(p) == "abcde")
-    page.get_by_label("capitals", exact=True).check()
+    page.get_by_label("tuned for chat", exact=True).check()
     page.locator("#retry").click()
     expect(page, lambda p: reply(p) == "ABCDE")
     expect(page, lambda p: p.locator("#retry").is_enabled())
-    set_number(page, "Its strength", 0)  # the base once more
+    set_number(page, "Adapter strength", 0)  # the base once more
     page.locator("#retry").click()
     expect(page, lambda p: reply(p) == "abcde")
+
+
+# --- nothing is lost
+
+
+def focused(page) -> bool:
+    """Is the message box where one types?"""
+    return page.evaluate("document.activeElement === document.querySelector('#message textarea')")
+
+
+def talked(page, *questions: str, tokens: int = 4) -> list[str]:
+    """Ask, wait for the replies, and return all that has been said."""
+    set_new_tokens(page, tokens)
+    for question in questions:
+        count = len(said(page))
+        send(page, question)
+        expect(page, lambda p, count=count: len(said(p)) == count + 2 and reply(p) == LETTERS[:tokens])
+        expect(page, lambda p: p.locator("#retry").is_enabled())
+    return said(page)
+
+
+def test_an_edit_can_be_cancelled_and_survives_nothing_but_sending(page):
+    before = talked(page, "First", "Second", "Third")
+    box, edit = page.locator("#message textarea"), page.locator("#talk article.user .Edit").first
+    box.fill("half a draft")
+    edit.click()
+    expect(page, lambda p: box.input_value() == "First" and edit.inner_text() == "Cancel")
+    expect(page, focused)
+    assert said(page) == before and page.locator("#talk .going").count() == 5
+    edit.click()
+    expect(page, lambda p: box.input_value() == "half a draft" and p.locator("#talk .going").count() == 0)
+    edit.click()
+    expect(page, lambda p: p.locator("#talk .going").count() == 5)
+    page.reload()  # in the middle of it
+    expect(page, lambda p: said(p) == before)
+
+
+@pytest.mark.parametrize("button", ["#clear", "#undo"])
+def test_what_was_cleared_or_undone_is_brought_back(page, button):
+    before = talked(page, "First", "Second")
+    assert not page.locator("#back").is_visible()
+    page.locator(button).click()
+    expect(page, lambda p: len(said(p)) == (0 if button == "#clear" else 2))
+    assert page.locator("#message textarea").input_value() == ("" if button == "#clear" else "Second")
+    page.locator("#back").click()
+    expect(page, lambda p: said(p) == before and not p.locator("#back").is_visible())
+    page.wait_for_timeout(300)
+    page.reload()
+    expect(page, lambda p: said(p) == before)
+
+
+def test_what_is_typed_right_after_clear_stays(page):
+    talked(page, "First")
+    page.locator("#clear").click()
+    page.locator("#message textarea").press_sequentially("typed at once", delay=10)
+    page.wait_for_timeout(800)
+    assert page.locator("#message textarea").input_value() == "typed at once"
+
+
+def test_a_reload_in_the_middle_of_a_reply_brings_back_what_was_written(page, served):
+    set_new_tokens(page, 450)
+    send(page, "Go")
+    expect(page, lambda p: len(reply(p)) > 60)
+    page.reload()
+    expect(page, lambda p: said(p)[:1] == ["Go"] and len(reply(p)) > 5)
+    assert page.locator("#talk .busy").count() == 0
+    expect_still(served[1])
+
+
+def test_two_tabs_keep_their_own_conversations(page, served):
+    first = talked(page, "First")
+    other = page.context.new_page()
+    opened(other, served[0])
+    expect(other, lambda p: said(p) == first)  # a new tab begins with what was said last
+    second = talked(other, "Second")
+    third = talked(page, "Third")
+    assert second == [*first, "Second", LETTERS[:4]] and third == [*first, "Third", LETTERS[:4]]
+    for tab, wanted in ((page, third), (other, second)):
+        tab.wait_for_timeout(300)
+        tab.reload()
+        expect(tab, lambda p, wanted=wanted: said(p) == wanted)
+    page.locator("#clear").click()
+    expect(page, lambda p: said(p) == [])
+    page.wait_for_timeout(300)
+    page.reload()
+    expect(page, lambda p: p.locator("#examples").is_visible() and said(p) == [])
+    other.reload()
+    expect(other, lambda p: said(p) == second)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1440, 900), (1024, 768), (390, 844), (844, 390)])
+def test_the_tokens_of_a_reply_come_into_sight_and_mark_it(browser, served, width, height):
+    page, complaints = watched(browser, width, height)
+    opened(page, served[0])
+    talked(page, "First", "Second")
+    page.locator("#talk article.assistant .Tokens").first.click()
+    page.locator("#choices .strip").wait_for()
+    page.wait_for_timeout(1000)  # it scrolls smoothly
+    strip = page.locator("#choices .strip label").first.bounding_box()
+    assert 0 <= strip["y"] and strip["y"] + strip["height"] <= height, strip
+    marks = page.locator("#talk article.assistant").evaluate_all("all => all.map(e => e.classList.contains('looked'))")
+    assert marks == [True, False]
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    if width >= 1200:  # beside the conversation, and the settings below it
+        talk, settings = page.locator("#talk").bounding_box(), page.locator("#settings").bounding_box()
+        assert strip["x"] > talk["x"] + talk["width"] and settings["y"] < height
+    page.context.close()
+    assert complaints == []
+
+
+def test_the_tokens_follow_the_settings_and_say_whose_they_are(page):
+    talked(page, "First")
+    page.locator("#talk article.assistant .Tokens").click()
+    page.locator("#choices .strip").wait_for()
+    assert page.locator("#choices .whose").count() == 0
+    page.get_by_label("base model", exact=True).check()
+    expect(page, lambda p: "those of the base model" in p.locator("#choices").inner_text())
+
+
+def test_the_focus_stays_in_the_message_box(page):
+    for press in (lambda: page.get_by_role("button", name="Who are you?").click(),
+                  lambda: send(page, "Hello"), lambda: page.locator("#retry").click()):
+        set_new_tokens(page, 4)
+        press()
+        expect(page, lambda p: reply(p) == LETTERS[:4] and p.locator("#retry").is_enabled())
+        expect(page, focused)
+    outline = "getComputedStyle(document.querySelector('#message textarea')).outlineStyle"
+    assert page.evaluate(outline) == "solid"
+    page.locator("#message textarea").blur()
+    assert page.evaluate(outline) != "solid"
+
+
+def test_sending_goes_to_the_end_of_the_conversation(page):
+    talked(page, *[f"{n} " + "long " * 12 for n in range(5)])
+    log = page.locator("#talk .log")
+    log.evaluate("e => { e.scrollTop = 0; }")
+    talked(page, "Last")
+    assert log.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 60
+
+
+def test_an_empty_page_says_what_it_is_and_what_to_ask(page):
+    text = page.locator("#talk .hello").inner_text()
+    assert "language model" in text and "Ask" in text and page.locator("#talk .hello").is_visible()
+    talked(page, "First")
+    assert not page.locator("#talk .hello").is_visible()
+
+
+def test_forced_colours_keep_bars_and_maps(browser, several_heads):
+    page, complaints = watched(browser, forced_colors="active")
+    opened(page, several_heads[0])
+    page.get_by_role("tab", name="Attention").click()
+    page.locator("#map table").wait_for()
+    painted = page.locator("#map tbody td").evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
+    assert len(set(painted)) > 3
+    assert page.locator("#heads i").first.evaluate("e => getComputedStyle(e).forcedColorAdjust") == "none"
+    page.context.close()
+    assert complaints == []
 
 
 # --- everybody
@@ -571,7 +734,10 @@ def test_a_conversation_needs_no_mouse(page):
     expect(page, lambda p: reply(p) == LETTERS[:4])
     go_to("#talk article.user .Edit", "Shift+Tab")
     page.keyboard.press("Enter")
-    expect(page, lambda p: said(p) == [])
+    expect(page, lambda p: p.locator("#talk .editing").count() == 1)
+    expect(page, focused)
+    page.keyboard.type("And ")
+    expect(page, lambda p: "And " in p.locator("#message textarea").input_value())
 
 
 def test_axe_finds_no_serious_fault(browser, served):
@@ -579,7 +745,7 @@ def test_axe_finds_no_serious_fault(browser, served):
     page, complaints = watched(browser)
     opened(page, served[0])
     set_new_tokens(page, 4)
-    page.get_by_label("Show what tokens are chosen from").check()
+    page.get_by_label("Show alternatives").check()
     send(page, "Hello")
     expect(page, lambda p: p.locator("#choices input").count() == 4)
     faults = {}

@@ -1,4 +1,4 @@
-"""Notebook 09's modules chat, insight, pages and handlers: models, settings, replies, what the buttons do."""
+"""The modules of notebooks 09 and 09b: settings, replies, models, pieces of the page, what the buttons do."""
 
 import base64
 import html
@@ -13,9 +13,26 @@ import pytest
 import torch
 from scripted import TINY, byte_encoding, scripted_models, tiny_folder
 
-from minigpt_lib.chat.handlers import CONTROLS, HISTORY_CHARS, MAX_CHARS, ChatHandlers, bounded, checked_history
+from minigpt_lib.chat.handlers import (
+    CACHE_BYTES,
+    CONTROLS,
+    HISTORY_CHARS,
+    MAX_CHARS,
+    ChatHandlers,
+    bounded,
+    checked_history,
+)
 from minigpt_lib.chat.inspect import MAX_LOOK, attention_maps, choice, choices, token_text
-from minigpt_lib.chat.layout import conversation
+from minigpt_lib.chat.layout import conversation, need_gradio
+from minigpt_lib.chat.models import (
+    LRU,
+    NO_ADAPTER,
+    STRENGTH,
+    ChatModels,
+    at_strength,
+    load_models,
+    twin,
+)
 from minigpt_lib.chat.pages import (
     answer_card,
     attention_table,
@@ -26,20 +43,7 @@ from minigpt_lib.chat.pages import (
     status_line,
     token_strip,
 )
-from minigpt_lib.chat.session import (
-    LIMITS,
-    LRU,
-    NO_ADAPTER,
-    STRENGTH,
-    ChatModels,
-    Sampling,
-    at_strength,
-    fit_turns,
-    load_models,
-    stream_reply,
-    stream_text,
-    twin,
-)
+from minigpt_lib.chat.session import LIMITS, Sampling, fit_turns, stream_reply, stream_text
 from minigpt_lib.generation.decode import generate, steps
 from minigpt_lib.generation.kv_cache import KVCache
 from minigpt_lib.model.gpt import GPTLanguageModel
@@ -582,9 +586,55 @@ def test_a_conversation_grows_turn_by_turn_and_can_be_answered_again(models):
     assert second[3]["content"] == reply(models.tuned, models.enc, second[:3], 40)
     assert last(do.retry("me", second, *GREEDY))["history"] == second
     assert len(first) == 2  # what was handed in is not written to
-    assert do.undo(second)["history"] == first and do.undo(first)["history"] == do.undo([])["history"] == []
-    assert do.edit(second, 2) | {"box": "More", "history": first} == do.edit(second, 2)
-    assert do.clear()["history"] == [] and do.clear()["box"] == ""
+    assert do.undo(second, [])["history"] == first and do.undo(first, [])["history"] == do.undo([], [])["history"] == []
+    assert do.undo(second, [])["box"] == "More" and "box" not in do.undo([], [])
+    assert do.clear(second, [])["history"] == [] and "box" not in do.clear(second, [])  # what is being typed stays
+
+
+def test_an_edit_takes_nothing_away_until_it_is_sent_and_can_be_cancelled(models):
+    do = ChatHandlers(models)
+    first = last(do.send("me", "Hello", [], *GREEDY))["history"]
+    second = last(do.send("me", "More", first, *GREEDY))["history"]
+    begun = do.edit(second, 0, "half a draft")
+    assert begun["box"] == "Hello" and "stored" not in begun
+    assert [(m["content"], m.get("editing", False), m.get("going", False)) for m in begun["talk"]] == [
+        (m["content"], n == 0, n > 0) for n, m in enumerate(second)
+    ]
+    cancelled = do.edit(begun["history"], 0, "Hello, changed")
+    assert (cancelled["history"], cancelled["box"]) == (second, "half a draft")
+    assert cancelled["talk"] == conversation(second)
+    moved = do.edit(begun["history"], 2, "Hello, changed")  # another message: the draft is still the first one
+    assert moved["box"] == "More" and do.edit(moved["history"], 2)["box"] == "half a draft"
+    sent = last(do.send("me", "Instead", begun["history"], *GREEDY))["history"]
+    assert [m["content"] for m in sent[:-1]] == ["Instead"] and not any("editing" in m for m in sent)
+    refused = last(do.send("me", " ", begun["history"], *GREEDY))
+    assert "history" not in refused and sum(m.get("going", False) for m in refused["talk"]) == 3
+    for page in (do.stopped(begun["history"]), do.undo(begun["history"], []), do.clear(begun["history"], [])):
+        assert not any("editing" in m for key in ("history", "bin") for m in page.get(key, []))
+    assert last(do.retry("me", begun["history"], *GREEDY))["history"] == second
+
+
+def test_what_clear_and_undo_take_away_can_be_brought_back_until_the_next_message(models):
+    do = ChatHandlers(models)
+    first = last(do.send("me", "Hello", [], *GREEDY))["history"]
+    second = last(do.send("me", "More", first, *GREEDY))["history"]
+    for page in (do.clear(second, []), do.undo(second, [])):
+        assert page["bin"] == second
+        back = do.back(page["bin"])
+        assert back["history"] == back["stored"] == second and back["bin"] == [] and back["idle"] == 4
+    assert do.clear([], second)["bin"] == do.undo([], second)["bin"] == second  # nothing to take away: the bin stays
+    assert next(do.send("me", "Again", [], *GREEDY))["bin"] == []
+
+
+def test_a_reply_is_stored_while_it_grows_and_a_question_without_one_comes_back_into_its_box(tmp_path):
+    models = scripted_models(tmp_path, base="a.", tuned="ABCDEFGHIJKLMNOPQRSTUVWXYZ", pause=0.06)
+    do = ChatHandlers(models)
+    begun = next(do.send("me", "Hello", [], *GREEDY))["stored"]
+    page = do.restore(json.loads(json.dumps(begun)))
+    assert page["history"] == page["talk"] == [] and page["box"] == "Hello"
+    kept = [p["stored"][1]["content"] for p in do.send("me", "Hello", [], *GREEDY) if "stored" in p]
+    assert len(kept) >= 3 and kept == sorted(kept, key=len) and 0 < len(kept[1]) < 40 == len(kept[-1])
+    assert do.restore([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).get("box") is None
 
 
 @pytest.mark.parametrize("n", [1, -2, 4, 99, None, "0", 1.0, [0]])
@@ -597,7 +647,7 @@ def test_only_a_message_of_the_user_can_be_edited(models, n):
 @pytest.mark.parametrize("n", [0, 2, -1, 5, None, "1", [1]])
 def test_only_a_reply_can_be_looked_into(models, n):
     history = [*ask("a"), {"role": "assistant", "content": "b"}] * 2
-    assert "no such reply" in ChatHandlers(models).look(history, n, *GREEDY)["choices"]
+    assert "no such reply" in ChatHandlers(models).inside.look(history, n, *GREEDY)["choices"]
 
 
 def test_the_choices_are_shown_while_a_reply_is_written_and_for_every_reply_afterwards(models):
@@ -607,11 +657,14 @@ def test_the_choices_are_shown_while_a_reply_is_written_and_for_every_reply_afte
     assert any("<table" in p.get("choices", "") and "radiogroup" not in p["choices"] for p in pages[1:-1])
     strip = last(pages)["choices"]
     assert strip.count('type="radio"') == len(history[1]["ids"])
-    assert do.look(history, 1, *watching)["choices"] == strip == do.watching(history, *watching)["choices"]
-    assert do.watching(history, *GREEDY) == do.watching([], *watching) == {"choices": ""}
+    looked = do.inside.look(history, 1, *watching)
+    assert looked["choices"] == strip == do.inside.watching(history, *watching)["choices"]
+    assert [m.get("looked", False) for m in looked["talk"]] == [False, True] and looked["looked"] == 1
+    for page in (do.inside.watching(history, *GREEDY), do.inside.watching([], *watching)):
+        assert page["choices"] == "" and page["looked"] is None
     assert last(do.send("me", "Hello", [], *GREEDY))["choices"] == ""
     bare = [history[0], {"role": "assistant", "content": history[1]["content"]}]  # as if an older page had kept it
-    assert "radiogroup" in do.look(bare, 1, *GREEDY)["choices"]
+    assert "radiogroup" in do.inside.look(bare, 1, *GREEDY)["choices"]
 
 
 def test_a_stopped_reply_leaves_a_conversation_that_goes_on(tmp_path):
@@ -648,10 +701,10 @@ def test_what_is_no_longer_read_stays_marked_after_a_stop_a_reload_an_undo_and_a
         kept = do.stopped(history)["stored"]
         refused = last(do.send("me", " ", history, *GREEDY))
         pages = [do.stopped(history), do.restore(json.loads(json.dumps(kept))), refused]
-        assert [marked(page) for page in pages] == [4, 4, 4]
-        assert marked(do.undo(history)) == marked(do.edit(history, 2)) == 0
+        assert [marked(page) for page in pages] == [4, 4 if kept[-1]["content"] else 0, 4]
+        assert marked(do.undo(history, [])) == 0 and marked(do.edit(history, 2)) == 4
     further = last(do.send("me", "On", history, *GREEDY))["history"]
-    assert marked(do.stopped(further)) > 4 == marked(do.undo(further))
+    assert marked(do.stopped(further)) > 4 == marked(do.undo(further, []))
 
 
 def test_turns_that_are_forgotten_altogether_do_not_count_as_marked(models):
@@ -667,7 +720,7 @@ def test_half_a_character_becomes_a_question_mark_and_the_page_can_be_sent(model
     assert page["history"][0]["content"] == "half ?"
     refused = last(do.send("me", "\udfff" * 30_000, [], *GREEDY))
     assert refused["box"] == "?" * 30_000 and "30,000 characters" in refused["status"]
-    for made in (page, refused, do.attention("\ud83d", 1, 0, "adapter", 1)):
+    for made in (page, refused, do.inside.attention("\ud83d", 1, 0, "adapter", 1)):
         json.dumps(made, ensure_ascii=False).encode("utf-8")
 
 
@@ -696,7 +749,7 @@ def test_a_bad_message_stays_in_its_box_and_says_why(models, message, says):
     assert page["box"] == message and "history" not in page and says in page["status"] and "notice" in page["status"]
     assert says in last(do.compare("me", message, *GREEDY))["status"]
     if says != "5017 tokens":
-        assert says in do.attention(message, 1, 0, "adapter", 1)["map"]
+        assert says in do.inside.attention(message, 1, 0, "adapter", 1)["map"]
 
 
 @pytest.mark.parametrize(
@@ -722,7 +775,7 @@ def test_bad_settings_are_told_and_nothing_is_computed(tmp_path, bad):
     controls = (good | bad).values()
     history = [*ask("Hi"), {"role": "assistant", "content": "Hi"}]
     says = [last(do.send("me", "Hi", [], *controls))["status"], last(do.retry("me", history, *controls))["status"],
-            last(do.compare("me", "Hi", *controls))["status"], do.look(history, 1, *controls)["choices"]]
+            last(do.compare("me", "Hi", *controls))["status"], do.inside.look(history, 1, *controls)["choices"]]
     for told in says:
         assert "must be a number from" in told or "unknown adapter" in told
         assert len(told) < 400
@@ -763,23 +816,23 @@ def test_attention_shows_one_head_or_the_mean_of_all(models):
     do, ids = ChatHandlers(models), list(b"The sea")
     maps = attention_maps(models.tuned, ids)
     for layer, head, weights in ((1, 0, maps[0].mean(0)), (2, 1, maps[1, 0]), (2.0, 2.0, maps[1, 1])):
-        page = do.attention("The sea", layer, head, "adapter", 1)
+        page = do.inside.attention("The sea", layer, head, "adapter", 1)
         assert page["map"] == attention_table([token_text(models.enc, i) for i in ids], weights)
         assert page["heads"] == heads_overview(maps, int(layer), int(head))
     base = attention_maps(models.base, ids)[1, 0]
-    page = do.attention("The sea", 2, 1, NO_ADAPTER, 1)
+    page = do.inside.attention("The sea", 2, 1, NO_ADAPTER, 1)
     assert page["map"] == attention_table([token_text(models.enc, i) for i in ids], base)
     for layer, head in ((0, 0), (3, 0), (1, 3), (1, -1), (1.5, 0), (None, 0), ("1", 0), (1, [2])):
-        assert "must be a whole number from" in do.attention("The sea", layer, head, "adapter", 1)["map"]
-    refused = do.attention("x" * 100, 1, 0, "adapter", 1)
+        assert "must be a whole number from" in do.inside.attention("The sea", layer, head, "adapter", 1)["map"]
+    refused = do.inside.attention("x" * 100, 1, 0, "adapter", 1)
     assert f"1 to {MAX_LOOK}" in refused["map"] and refused["heads"] == ""
 
 
 def test_a_head_is_chosen_by_two_numbers_or_not_at_all(models):
     do = ChatHandlers(models)
-    assert do.head(2, 1) == {"layer": 2, "head": 1}
+    assert do.inside.head(2, 1) == {"layer": 2, "head": 1}
     for layer, head in ((None, 1), (1, None), ("1", 1), (1, [1])):
-        assert do.head(layer, head) == {}
+        assert do.inside.head(layer, head) == {}
 
 
 def test_the_overview_shows_every_head_of_every_layer_and_their_means(models, seed):
@@ -814,7 +867,7 @@ def test_the_second_turn_finds_the_first_in_its_sessions_cache_and_no_other_sess
     assert "in the cache" not in last(do.send("two", "Good morning", [], *GREEDY))["status"]  # word for word the same
     other = (*GREEDY, 0, 1, "adapter", 0.5)
     assert "in the cache" not in last(do.send("one", "Good morning", [], *other))["status"]  # another model
-    assert len(do.caches) == 3
+    assert len(do.caches.kept) == 3
 
 
 def test_an_edited_question_is_answered_as_if_the_old_one_had_never_been_asked(models):
@@ -830,11 +883,11 @@ def test_a_session_that_ends_takes_its_caches_along_and_no_others(models):
     do = ChatHandlers(models)
     for who, strength in (("one", 1.0), ("one", 0.5), ("two", 1.0)):
         last(do.send(who, "Hi", [], *GREEDY, 0, 1, "adapter", strength))
-    do.leave("nobody")
-    assert len(do.caches) == 3
-    do.leave("one")
-    assert list(do.caches._things) == [("two", "adapter", 1.0)]
-    assert do.caches.nbytes == KVCache.for_model(models.base).nbytes
+    do.caches.leave("nobody")
+    assert len(do.caches.kept) == 3
+    do.caches.leave("one")
+    assert list(do.caches.kept._things) == [("two", "adapter", 1.0)]
+    assert do.caches.kept.nbytes == KVCache.for_model(models.base).nbytes
 
 
 def test_caches_are_bounded_however_many_sessions_come(models):
@@ -844,13 +897,13 @@ def test_caches_are_bounded_however_many_sessions_come(models):
         work = do.send(f"session {n}", "Hi", [], *GREEDY)
         next(work), next(work)
         work.close() if n % 2 else last(work)  # stopped or finished
-        assert do.caches.nbytes <= 3 * one
-    assert len(do.caches) == 3
+        assert do.caches.kept.nbytes <= 3 * one
+    assert len(do.caches.kept) == 3
     small = ChatHandlers(models, cache_bytes=1)  # not even one fits: slower, but the same
     history = last(small.send("me", "Hello", [], *GREEDY))["history"]
     page = last(small.send("me", "More", history, *GREEDY))
     assert page["history"][3]["content"] == reply(models.tuned, models.enc, page["history"][:3], 40)
-    assert "in the cache" not in page["status"] and len(small.caches) == 0
+    assert "in the cache" not in page["status"] and len(small.caches.kept) == 0
 
 
 def test_an_interrupted_reply_leaves_a_cache_that_can_be_used(models):
@@ -875,6 +928,9 @@ def test_what_the_browser_kept_comes_back_only_if_it_is_a_conversation(models):
         [user, said | {"ids": [257]}], [user, said | {"ids": [-1]}], [user, said | {"ids": [True]}],
         [user, said | {"ids": [1] * 1025}], [user, said | {"dropped": 1}], [user, said | {"dropped": -1}],
         [user, said, user, said | {"dropped": True}], [user, said, user, said | {"dropped": "1"}],
+        [user, said | {"by": "adapter"}], [user, said | {"by": ["adapter"]}], [user, said | {"by": [["x"], 1]}],
+        [user, said | {"by": ["adapter", "1"]}], [user | {"content": "x" * (MAX_CHARS + 1)}, said],
+        [user, said | {"content": "x" * (HISTORY_CHARS + 1)}],
         [user, said | {"ids": "abc"}], [user, said | {"ids": {"a": 1}}], [user | {"content": "  "}, said],
     ]  # fmt: skip
     for bad in forged:
@@ -888,3 +944,74 @@ def test_what_the_browser_kept_comes_back_only_if_it_is_a_conversation(models):
     assert sum(len(m["content"]) for m in restored) <= HISTORY_CHARS < sum(len(m["content"]) for m in long)
     assert bounded([user | {"content": "x" * 10**6}, said])  # the last turn stays, whatever it is
     assert checked_history(talk, 257) == talk and checked_history(talk, 1) == []
+
+
+def test_half_a_character_in_a_stored_conversation_becomes_a_question_mark(models):
+    stored = [{"role": "user", "content": "half \ud83d"}, {"role": "assistant", "content": "\udc00!"}]
+    page = ChatHandlers(models).restore(stored)
+    assert [m["content"] for m in page["history"]] == ["half ?", "?!"]
+    json.dumps(page["talk"], ensure_ascii=False).encode("utf-8")
+
+
+def test_a_reply_looked_at_with_another_model_says_so(models):
+    do, tuned, base = ChatHandlers(models), (*GREEDY, 0, 1, "adapter", 1.0), (*GREEDY, 0, 1, "none", 1.0)
+    half = (*GREEDY, 0, 1, "adapter", 0.5)
+    said = last(do.send("me", "Hello", [], *tuned))["history"]
+    assert said[1]["by"] == ["adapter", 1.0]
+    wrote = {name: do.inside.look(said, 1, *controls)["choices"] for name, controls in
+             (("same", tuned), ("base", base), ("half", half))}
+    assert "Written by" not in wrote["same"]
+    assert "Written by adapter at strength 1. The probabilities are those of the base model" in wrote["base"]
+    assert "those of adapter at strength 0.5" in wrote["half"]
+    plain = last(do.send("me", "Hello", [], *base))["history"]
+    zero = (*GREEDY, 0, 1, "adapter", 0)  # the base under another name
+    assert "Written by" not in do.inside.look(plain, 1, *zero)["choices"]
+
+
+def test_the_tokens_follow_the_settings(models):
+    do, hot = ChatHandlers(models), (1.5, 0, 1, 40, True, "")
+    said = last(do.send("me", "Hello", [], *GREEDY))["history"]
+    greedy, warm = do.inside.look(said, 1, *GREEDY), do.inside.again(said, 1, *hot)
+    assert warm["choices"] != greedy["choices"] and warm["choices"] == do.inside.look(said, 1, *hot)["choices"]
+    assert do.inside.again(said, None, *hot) == {}
+
+
+def test_caches_have_room_for_four_conversations_at_least(models):
+    one = KVCache.for_model(models.base).nbytes
+    assert ChatHandlers(models).caches.kept.max_bytes == CACHE_BYTES > 4 * one
+    large = ChatModels("large", GPTLanguageModel(replace(TINY, n_ctx=8192, n_embd=256)), {}, models.enc)
+    one = KVCache.for_model(large.base).nbytes
+    assert ChatHandlers(large).caches.kept.max_bytes == max(CACHE_BYTES, 4 * one)
+    assert 4 * one > CACHE_BYTES or one < CACHE_BYTES
+
+
+@pytest.mark.parametrize("spare", [0, 1, -1])
+def test_a_conversation_that_fits_exactly_loses_no_turn(tmp_path, seed, spare):
+    enc, rng = byte_encoding(tmp_path), torch.Generator().manual_seed(seed)
+    talk = []
+    for n in torch.randint(1, 30, (6,), generator=rng).tolist():
+        talk += [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y" * n}]
+    talk, room = talk[:-1], 20
+    n_ctx = len(encode_prompt(enc, talk)) + room + spare
+    ids, dropped = fit_turns(enc, talk, n_ctx, room)
+    assert (dropped > 0) == (spare < 0) and ids == encode_prompt(enc, talk[2 * dropped :])
+
+
+def test_models_are_loaded_in_the_dtype_that_is_asked_for(folder):
+    assert load_models(folder, device="cpu").base.wte.weight.dtype == torch.float32
+    half = load_models(folder, device="cpu", dtype=torch.bfloat16)
+    assert half.base.wte.weight.dtype == half.tuned.h[0].attn.c_attn.weight.dtype == torch.bfloat16
+    maps = attention_maps(half.tuned, [1, 2, 3])
+    assert maps.dtype == torch.float32 and (maps.sum(-1) - 1).abs().max() <= 1e-5
+
+
+def test_an_error_inside_gradio_is_not_called_missing(monkeypatch, tmp_path):
+    import sys
+
+    (tmp_path / "gradio").mkdir()
+    (tmp_path / "gradio" / "__init__.py").write_text("import no_such_thing_here")
+    for name in [name for name in sys.modules if name.split(".")[0] == "gradio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing_here"):
+        need_gradio()

@@ -20,7 +20,8 @@ import minigpt_lib
 from minigpt_lib.chat.app import QUEUE, SESSIONS, WORKERS, build_app, check_port, launch
 from minigpt_lib.chat.handlers import CONTROLS, ChatHandlers
 from minigpt_lib.chat.inspect import attention_maps
-from minigpt_lib.chat.session import Sampling, load_models, stream_reply
+from minigpt_lib.chat.models import load_models
+from minigpt_lib.chat.session import Sampling, stream_reply
 from minigpt_lib.generation.decode import generate
 from minigpt_lib.tuning.metrics import reply
 
@@ -78,13 +79,13 @@ NAMED = {  # the whole API: each parameter with its default, in this order
               "strength": 1, "watch": False},
     "/clear": {},
     "/undo": {},
-    "/attention": {"text": "The capital of Norway is Oslo.", "layer": 1, "head": 0, "adapter": "capitals",
+    "/attention": {"text": "The capital of Norway is Oslo.", "layer": 1, "head": 1, "adapter": "capitals",
                    "strength": 1},
 }  # fmt: skip
 NAMED["/retry"] = {name: value for name, value in NAMED["/chat"].items() if name != "message"}
 TALK = ["Message", "Conversation", "Cost", "Tokens", "History"]
 RETURNS = {"/side_by_side": ["Notice", "Base model", "Tuned model"], "/attention": ["One head", "All heads"]}
-NAMED["/side_by_side"] = NAMED["/chat"] | {"message": "What is the capital of Norway?"}
+NAMED["/side_by_side"] = NAMED["/chat"] | {"message": "Tell me a short story about a fox."}
 
 
 def test_every_endpoint_has_a_name_a_description_and_named_parameters_with_defaults(served):
@@ -312,8 +313,11 @@ def test_a_port_in_use_or_out_of_range_is_named_with_the_way_out(served):
     port = int(address.rsplit(":")[-1])
     with pytest.raises(OSError, match=rf"port {port} .*--port {port + 1}"):
         check_port(port)
-    with pytest.raises(OSError, match=f"port {port} "):
-        launch(build_app(models), port, block=False)
+    with socket.socket() as theirs:
+        theirs.bind(("127.0.0.1", 0))
+        taken = theirs.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {taken} "):
+            launch(build_app(models), taken, block=False)
     for bad in (-1, 65536):
         with pytest.raises(ValueError, match=f"port={bad} must be from 0 to 65535"):
             check_port(bad)
@@ -403,7 +407,7 @@ def test_whoever_closes_the_page_takes_the_cache_along(busy):
     names = {session.name for session in sessions}
 
     def kept() -> set[str]:
-        return names & {key[0] for key in list(do.caches._things)}
+        return names & {key[0] for key in list(do.caches.kept._things)}
 
     with ExitStack() as pages:
         for session in sessions:  # a page keeps this open as long as it is there

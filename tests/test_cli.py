@@ -15,7 +15,7 @@ from scripted import TINY, byte_encoding, tiny_folder
 
 from minigpt_lib.api import LLM
 from minigpt_lib.chat.app import build_app, launch
-from minigpt_lib.chat.session import load_models
+from minigpt_lib.chat.models import load_models
 from minigpt_lib.cli import build_parser, main
 from minigpt_lib.generation.compiled import cpp_compiler
 from minigpt_lib.generation.decode import generate

@@ -24,7 +24,7 @@ ROOM_ORDER = {  # modules, in the order in which the notebooks write them
     "weights": "crc32c stored tf_checkpoint hub convert pretrained verify",
     "generation": "sampling kv_cache decode quantized compiled prompt_lookup native",
     "tuning": "lora peft_io records chat_template batching sft metrics",
-    "chat": "session inspect pages layout handlers app",
+    "chat": "session inspect models pages layout handlers guard app",
 }
 ORDER = ["devices", "paths", "atomic", "download"]
 ORDER += [f"{room}.{module}" for room, modules in ROOM_ORDER.items() for module in modules.split()]

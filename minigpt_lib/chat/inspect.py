@@ -35,10 +35,11 @@ class Choice:
 def choice(token: int, logits: Tensor, probabilities: Tensor, k: int = 8) -> Choice:
     """The choice of a token, from the model's logits (V,) and the probabilities (V,) that it was drawn from."""
     own = logits.float().softmax(-1)  # (V,)
-    likely = own.topk(min(k, own.numel())).indices.tolist()
-    if token not in likely:
+    likely = own.topk(min(k, own.numel())).indices  # (k,)
+    if not (likely == token).any():
         likely[-1] = token
-    return Choice(token, tuple((i, own[i].item(), probabilities[i].item()) for i in likely))
+    columns = likely.tolist(), own[likely].tolist(), probabilities[likely].tolist()
+    return Choice(token, tuple(zip(*columns, strict=True)))
 
 # %% ../../notebooks/09_chat.ipynb #e4128528
 def settled(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
@@ -90,9 +91,9 @@ def attention_maps(model: GPTLanguageModel, ids: list[int]) -> Tensor:
     x = model.wte(idx) + model.wpe(torch.arange(idx.size(1), device=idx.device))  # (1, T, C)
     maps = []
     for block in model.h:
-        maps.append(attention(*block.attn.heads(block.ln_1(x)))[1][0])  # (nh, T, T)
+        maps.append(attention(*(t.float() for t in block.attn.heads(block.ln_1(x))))[1][0])  # (nh, T, T)
         x = block(x)  # (1, T, C)
-    return torch.stack(maps).float().cpu()
+    return torch.stack(maps).cpu()
 
 # %% ../../notebooks/09_chat.ipynb #9299af3f
 def token_text(enc: tiktoken.Encoding, i: int) -> str:
