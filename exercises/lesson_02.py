@@ -1,5 +1,7 @@
 """Exercises of 02, attention."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,18 +31,26 @@ def qkv(queries: int = T) -> list[torch.Tensor]:
     return [1.5 * torch.randn(2, 3, n, HS) for n in (queries, T, T)]
 
 
+def attention_run(f, seed: int) -> list[torch.Tensor]:
+    return [*f(*qkv()), *f(*qkv(3)), *f(*qkv(), mask=own_text_mask())]
+
+
 def attention_oracle(seed: int) -> list[torch.Tensor]:
-    q, k, v = qkv()
-    eye = torch.eye(T).expand(2, 3, T, T)  # values of one place each: what comes out are the weights
-    return [F.scaled_dot_product_attention(q, k, values, is_causal=True) for values in (v, eye)]
+    """All queries, the last three of them alone, and a mask of one's own; values of one place each show the weights."""
+    eye, causal, results = torch.eye(T).expand(2, 3, T, T), torch.ones(T, T).tril().bool(), []
+    for queries, mask in ((T, causal), (3, causal[-3:]), (T, own_text_mask())):
+        q, k, v = qkv(queries)
+        results += [F.scaled_dot_product_attention(q, k, values, mask) for values in (v, eye)]
+    return results
 
 
-def module_of(cls: type) -> nn.Module:
-    """Attention of 4 heads of 6 channels, its biases large enough to matter."""
-    module = cls(C, 4)
+def module_of(cls: Callable[[int, int], nn.Module]) -> nn.Module:
+    """Attention of 4 heads of 6 channels, its biases large enough to matter; the same for the same seed of torch."""
+    module, gen = cls(C, 4), torch.Generator().manual_seed(torch.initial_seed())
     with torch.no_grad():
         for p in module.parameters():
-            p.copy_(torch.randn(p.shape) / 3)
+            p.copy_(torch.randn(p.shape, generator=gen) / 3)
+    torch.manual_seed(torch.initial_seed())  # what comes next does not depend on how the module was made
     return module
 
 
@@ -76,14 +86,31 @@ def own_text_mask() -> torch.Tensor:
     return torch.ones(T, T).tril().bool() & (text[:, None] == text)
 
 
+class Store:
+    """Keeps the keys and values of layer 3 and counts its calls."""
+
+    def __init__(self):
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert layer == 3, f"layer {layer}: the store is for the layer that the caller names, 3"
+        self.kept.append((k, v))
+        return tuple(torch.cat(parts, 2) for parts in zip(*self.kept, strict=True))
+
+
 def module_run(cls: type, seed: int) -> list[torch.Tensor]:
-    module, x = module_of(cls), torch.randn(2, T, C)
-    return [module(x), module(x, own_text_mask())]
+    module, x, store = module_of(cls).eval(), torch.randn(2, T, C), Store()
+    pieces = [module(piece, kv_cache=store, layer=3) for piece in x.split([3, 1, T - 4], dim=1)]
+    explicit = module_of(lambda *sizes: cls(*sizes, dropout=0.5, fused=False)).eval()
+    return [module(x), module(x, own_text_mask()), torch.cat(pieces, 1), explicit(x)]
 
 
 def module_oracle(seed: int) -> list[torch.Tensor]:
     module, x = module_of(Reference), torch.randn(2, T, C)
-    return [module(x, ~torch.ones(T, T).tril().bool()), module(x, ~own_text_mask())]
+    whole = module(x, ~torch.ones(T, T).tril().bool())
+    own = module(x, ~own_text_mask())
+    explicit = module_of(Reference)
+    return [whole, own, whole, explicit(x, ~torch.ones(T, T).tril().bool())]
 
 
 def heads_oracle(seed: int) -> list[list]:
@@ -169,7 +196,7 @@ EXERCISES = (
         level=2,
         module=MODULE,
         against=f"torch's scaled_dot_product_attention, (2, 3, {T}, {HS})",
-        run=lambda f, seed: list(f(*qkv())),
+        run=attention_run,
         expected=attention_oracle,
         mistakes=(
             Mistake("dividing by d_k gives: the scale is its root.", "math.sqrt(q.size(-1))", "q.size(-1)"),

@@ -24,7 +24,7 @@ def wide_awake(module: nn.Module, seed: int) -> nn.Module:
 
 def norm_inputs() -> tuple:
     """Rows of scale 1, 30 and 0.002 (whose variance is below eps), with a gain and a bias."""
-    x = torch.randn(3, 16) * torch.tensor([[1.0], [30.0], [0.002]]) + torch.randn(3, 1)
+    x = torch.randn(2, 3, 16) * torch.tensor([[1.0], [30.0], [0.002]]) + torch.randn(3, 1)
     return x.double(), torch.randn(16).double(), torch.randn(16).double()
 
 
@@ -61,15 +61,18 @@ def model_oracle(seed: int) -> torch.Tensor:
     return wide_awake(GPTLanguageModel(CONFIG), seed)(ids_of(seed))[0]
 
 
-def loss_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+def loss_inputs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Some targets that count, one, and none; the last in bfloat16."""
     logits, targets = 3 * torch.randn(2, 5, 31), torch.randint(31, (2, 5))
     targets[0, :3] = -100
-    return logits, targets
+    one = torch.full_like(targets, -100)
+    one[1, 2] = 7
+    return [(logits, targets), (logits, one), (logits, torch.full_like(targets, -100)), (logits.bfloat16(), targets)]
 
 
-def loss_oracle(seed: int) -> torch.Tensor:
-    logits, targets = loss_inputs()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+def loss_oracle(seed: int) -> list[torch.Tensor]:
+    losses = [F.cross_entropy(x.float().flatten(0, 1), t.flatten(), ignore_index=-100) for x, t in loss_inputs()]
+    return [losses[0], losses[1], torch.tensor(0.0), losses[3]]  # nothing counts: no loss, where torch says NaN
 
 
 def block_run(cls: type, seed: int) -> torch.Tensor:
@@ -201,7 +204,7 @@ EXERCISES = (
         level=2,
         module=MODULE,
         against="torch's cross_entropy with ignore_index=-100",
-        run=lambda f, seed: f(*loss_inputs()),
+        run=lambda f, seed: [f(*inputs) for inputs in loss_inputs()],
         expected=loss_oracle,
         mistakes=(
             Mistake(

@@ -7,7 +7,8 @@ import torch
 from scripted import TINY, byte_encoding, tiny_folder
 
 from minigpt_lib.api import LLM, GenerateOptions, Score, best_decoder, fast_decoder, sampling_from, token_nats
-from minigpt_lib.chat.session import Sampling, load_models
+from minigpt_lib.chat.models import load_models
+from minigpt_lib.chat.session import Sampling
 from minigpt_lib.generation.compiled import cpp_compiler
 from minigpt_lib.generation.decode import generate
 from minigpt_lib.generation.native import NativeGPT
