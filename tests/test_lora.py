@@ -147,7 +147,12 @@ def test_a_is_drawn_as_peft_draws_it(seed):
 def test_a_seed_gives_the_same_adapter_on_every_device(seed, monkeypatch):
     """A is drawn on the CPU and then moved; a CUDA generator would give other numbers. No GPU needed: fake tensors."""
     drawn, kaiming = [], nn.init.kaiming_uniform_
-    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda t, **o: drawn.append(t.device.type) or kaiming(t, **o))
+
+    def noted(t: torch.Tensor, **options) -> torch.Tensor:
+        drawn.extend([t.device.type] * (len(t) == 3))  # A, and not the layers' own weights
+        return kaiming(t, **options)
+
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", noted)
     LoRALinear(nn.Linear(7, 9), LoRAConfig(3))
     layer = nn.Linear(7, 9, device="meta")
     assert LoRALinear(layer, LoRAConfig(3)).adapters["default"].lora_A.is_meta
