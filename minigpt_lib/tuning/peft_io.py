@@ -5,7 +5,6 @@ __all__ = ['save_adapter', 'read_adapter_config', 'load_adapter']
 
 # %% ../../notebooks/07b_adapters.ipynb #c7946038
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
