@@ -25,7 +25,7 @@ __all__ = ['LoRAConfig', 'LowRank', 'LoRALinear', 'lora_layers', 'lora_configs',
 def _fits(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern)
 
-
+# %% ../../notebooks/07_lora.ipynb #40a19f1e
 @dataclass(frozen=True)
 class LoRAConfig:
     """An adapter's shape: rank `r`, strength `alpha`, dropout, target layers, and how the update is scaled.
