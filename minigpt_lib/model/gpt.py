@@ -216,7 +216,7 @@ class GPTLanguageModel(nn.Module):
         if not half or torch.is_grad_enabled() or type(self.lm_head) is not nn.Linear:
             logits = self.lm_head(x)
             return logits if logits.dtype == torch.float64 else logits.float()
-        if x.is_cuda and "out_dtype" in (torch.mm.__doc__ or ""):
+        if x.is_cuda and torch.__version__ >= "2.8":  # which brought out_dtype; TorchVersion compares as versions do
             return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
         return F.linear(x.float(), weight.float())
 
