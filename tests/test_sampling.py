@@ -11,7 +11,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from minigpt_lib.generation.sampling import check_sampling, draw, filter_logits, penalize_repeats, sample
+from minigpt_lib.generation.options import check_sampling
+from minigpt_lib.generation.sampling import draw, filter_logits, penalize_repeats, sample
 
 
 def kept_slow(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> dict[int, float]:
