@@ -55,7 +55,8 @@ class KVCache:
     def check_room(self, B: int, end: int) -> None:
         """Raise ValueError unless the cache has B rows and room for `end` positions."""
         if end > self.max_len or self.keys.size(1) != B:
-            raise ValueError(f"batch {B} with {end} positions does not fit a cache of {self.keys.size(1)} × {self.max_len}")
+            has = f"{self.keys.size(1)} × {self.max_len}"
+            raise ValueError(f"batch {B} with {end} positions does not fit a cache of {has}")
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, nh, T, hs) after the filled positions; return all so far, each (B, nh, pos + T, hs)."""
