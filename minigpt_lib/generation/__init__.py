@@ -24,6 +24,7 @@ from minigpt_lib.generation.native import compile_step as compile_step
 from minigpt_lib.generation.options import DEFAULTS as DEFAULTS
 from minigpt_lib.generation.options import DecodeOptions as DecodeOptions
 from minigpt_lib.generation.options import ELSEWHERE as ELSEWHERE
+from minigpt_lib.generation.options import as_ids as as_ids
 from minigpt_lib.generation.options import check_names as check_names
 from minigpt_lib.generation.options import check_options as check_options
 from minigpt_lib.generation.options import check_sampling as check_sampling

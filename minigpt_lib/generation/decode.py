@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kv_cache import KVCache, prefill
 from .loop import decode_loop
-from .options import DecodeOptions, check_options, whole
+from .options import DecodeOptions, as_ids, check_options, whole
 from .sampling import draw, filter_logits, penalize_repeats, uniform
 from ..model.gpt import GPTLanguageModel
 
@@ -132,12 +132,13 @@ def plan_decode(
     if mask is not None:
         _check_mask(mask, idx)
         mask = None if mask.all() else F.pad(mask.to(device, torch.int64), (0, end - T), value=1)  # (B, end)
-    if unknown := [i for i in full["stop_ids"] if not 0 <= i < V]:
+    stops = as_ids(full["stop_ids"])
+    if unknown := [i for i in stops if not 0 <= i < V]:
         raise ValueError(f"stop id {unknown[0]} can never be produced: the model's ids run from 0 to {V - 1}")
     cache = _choose_cache(model, full, B, min(end, n_ctx), mask is not None)
     ids = torch.zeros(B, end, dtype=torch.int64, device=device)
     ids[:, :T] = idx
-    return DecodePlan(ids, mask, T, cache, torch.tensor(full["stop_ids"], dtype=torch.int64, device=device), full)
+    return DecodePlan(ids, mask, T, cache, torch.tensor(stops, dtype=torch.int64, device=device), full)
 
 # %% ../../notebooks/06b_generation_in_full.ipynb #68a862e9
 class _Reader:
@@ -165,14 +166,15 @@ class _Chooser:
     """logits (B, V) -> ids (B,), by a plan's options; `drawn_from` (B, V) is the distribution, or None if greedy."""
 
     def __init__(self, job: DecodePlan, vocab_size: int):
-        self.options, self.drawn_from = job.options, None
+        self.options = job.options
+        self.drawn_from: Tensor | None = None
         self.penalty = job.options["repetition_penalty"]
         self.seen = None if self.penalty in (None, 1) else job.seen(vocab_size)  # (B, V) bool
 
     def __call__(self, logits: Tensor) -> Tensor:
         o, V = self.options, logits.size(-1)
         logits = logits[:, : o["n_vocab"]]  # (B, n): None leaves all
-        if self.seen is not None:
+        if self.seen is not None and self.penalty is not None:
             logits = penalize_repeats(logits, self.seen[:, : logits.size(-1)], self.penalty)
         if o["temperature"] == 0:
             ids = logits.argmax(-1)  # (B,)
