@@ -1,9 +1,12 @@
 """Decoding against Transformers, with the cache against without, every option of the loop, streaming."""
 
 import gc
-import inspect
+import math
+import typing
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -12,10 +15,20 @@ import transformers
 from decoding import CONFIG, greedy_slow, pad, prompt, random_model, twin_of
 from transformers import GPT2LMHeadModel
 
-from minigpt_lib.generation.decode import decode_stream, generate, steps, stream
+from minigpt_lib.generation.decode import (
+    LOOK_EVERY,
+    decode_stream,
+    evaluating,
+    generate,
+    plan_decode,
+    steps,
+    stream,
+)
 from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.options import DEFAULTS, DecodeOptions, check_options
 from minigpt_lib.generation.sampling import filter_logits, penalize_repeats
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.training import sample_text
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -278,6 +291,42 @@ def test_training_flags_come_back_and_dropout_is_off(model):
         model.h[2].register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(RuntimeError("boom")))
         generate(model, idx, 3)
     assert [m.training for m in model.modules()] == flags
+
+
+def test_streams_that_overlap_on_a_model_in_training_all_decode_without_dropout(model):
+    """The first to finish must not switch dropout on under the others, whoever started first."""
+    idx = prompt(10)
+    want = list(stream(model, idx, 30, temperature=0))
+    model.train()
+    model.h[1].eval()
+    flags = [m.training for m in model.modules()]
+    first, second, third = (stream(model, idx, 30, temperature=0) for _ in range(3))
+    heads = [next(first), next(second)]
+    assert [*heads[:1], *first] == want  # the first is through
+    got = [heads[1], *(next(second) for _ in range(5))]
+    model.train()  # somebody else's training goes on meanwhile; whoever comes next decodes without dropout
+    model.h[1].eval()
+    assert list(third) == want
+    assert [*got, *second] == want
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_many_threads_on_a_model_in_training(model):
+    prompts = [prompt(T) for T in (5, 9, 14, 20)] * 6
+    want = [generate(model, p, 15, temperature=0) for p in prompts]
+    model.train()
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda p: generate(model, p, 15, temperature=0), prompts))
+    assert sum(not torch.equal(a, b) for a, b in zip(got, want, strict=True)) == 0
+    assert all(m.training for m in model.modules())
+
+
+def test_a_model_in_eval_mode_is_not_touched(model, monkeypatch):
+    monkeypatch.setattr(type(model), "eval", None)
+    monkeypatch.setattr(type(model), "train", None)
+    generate(model, prompt(5), 3)
+    with evaluating(model), evaluating(model):
+        assert not model.training
 
 
 def test_no_mode_leaks_between_streamed_tokens(model):
@@ -563,16 +612,227 @@ def test_the_distribution_of_a_step_is_the_filtered_one(model):
     assert torch.equal(greedy.probabilities, torch.eye(71)[greedy.logits.argmax(-1)])
 
 
+@pytest.mark.parametrize("function", [generate, stream, steps, plan_decode])
+def test_editors_and_type_checkers_are_told_every_option(function):
+    hint = typing.get_type_hints(function)["options"]
+    assert typing.get_origin(hint) is typing.Unpack and typing.get_args(hint) == (DecodeOptions,)
+    assert set(DEFAULTS) == set(typing.get_type_hints(DecodeOptions))
+    assert not [name for name in DEFAULTS if name not in generate.__doc__]  # what `help(generate)` shows
+
+
 @pytest.mark.parametrize("function", [generate, stream, steps])
-def test_help_shows_every_option(function):
-    names = list(inspect.signature(function).parameters)
-    assert names[:4] == ["model", "idx", "max_new_tokens", "temperature"]
-    assert {"top_k", "top_p", "min_p", "repetition_penalty", "stop_ids", "kv_cache", "beyond"} <= set(names)
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("tempratur", "did you mean temperature\\?"),
+        ("temp", "did you mean temperature\\?"),
+        ("topk", "did you mean top_k\\?"),
+        ("stop_id", "did you mean stop_ids\\?"),
+        ("use_kv_cache", "did you mean (use_cache|kv_cache)\\?"),
+        ("eos_token_id", "did you mean stop_ids\\?"),  # Transformers' name
+        ("zzz", "the options are temperature, top_k, "),
+    ],
+)
+def test_unknown_options_are_refused_with_the_nearest_one(model, function, wrong, words):
+    model.forward = model.hidden_states = None
+    with pytest.raises(TypeError, match=f"'{wrong}'.*{words}"):
+        function(model, prompt(3), 5, **{wrong: 1.0})
 
 
-def test_unknown_options_are_refused(model):
-    with pytest.raises(TypeError, match="tempratur"):
-        generate(model, prompt(3), 5, tempratur=1.0)
+@pytest.mark.parametrize("idx", ["Once upon a time", [1, 2, 3], None])
+def test_what_is_not_a_tensor_is_refused_with_the_right_call(model, idx):
+    for function in (generate, stream, steps):
+        with pytest.raises(TypeError, match=rf"{type(idx).__name__}.*LLM\.load.*generate\(text\).*enc\.encode"):
+            function(model, idx, 5)
+
+
+@pytest.mark.parametrize("five", [5, 5.0, np.int64(5), np.float32(5), torch.tensor(5)])
+def test_whole_numbers_are_taken_in_any_form(model, five):
+    idx = prompt(4)
+    want = generate(model, idx, 5, temperature=0)
+    assert torch.equal(generate(model, idx, five, temperature=0), want)
+    options = check_options({"top_k": five, "prefill_chunk": five, "n_vocab": five, "stop_ids": five})
+    assert [options[k] for k in ("top_k", "prefill_chunk", "n_vocab", "stop_ids")] == [5, 5, 5, (5,)]
+    assert type(options["top_k"]) is int
+
+
+@pytest.mark.parametrize("wrong", [2.5, "3", True, float("nan"), float("inf"), [3]])
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "prefill_chunk", "n_vocab"])
+def test_other_values_are_refused_where_whole_numbers_belong(model, name, wrong):
+    request = {"max_new_tokens": 5} | {name: wrong}
+    with pytest.raises(ValueError, match=f"{name}=.* must be a (whole )?number"):
+        generate(model, prompt(3), **request)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_texts_and_truth_values_are_no_numbers(model, name):
+    for wrong in ("0.7", False, [0.5]):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a number"):
+            generate(model, prompt(3), 5, **{name: wrong})
+    with pytest.raises(TypeError, match="generator=7.*manual_seed"):
+        generate(model, prompt(3), 5, generator=7)
+
+
+def test_none_switches_every_option_off(model, seed):
+    off = {"temperature": None, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None,
+           "stop_ids": None, "n_vocab": None, "prefill_chunk": None, "attention_mask": None}  # fmt: skip
+    also = {"temperature": 1, "top_k": 10**6, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "stop_ids": ()}
+    idx = prompt(5, B=2)
+    runs = [
+        generate(model, idx, 20, generator=torch.Generator().manual_seed(seed), **o) for o in ({}, off, also)
+    ]  # fmt: skip
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_stop_ids_in_any_form(model):
+    idx = prompt(7)
+    free = generate(model, idx, 20, temperature=0)[0, 7:].tolist()
+    stop = free[6]
+    want = idx[0].tolist() + free[: free.index(stop) + 1]
+    for form in (stop, [stop], {stop}, np.array([stop]), torch.tensor([stop]), torch.tensor(stop), float(stop)):
+        assert generate(model, idx, 20, temperature=0, stop_ids=form)[0].tolist() == want
+    with pytest.raises(ValueError, match="a stop id=2.5 must be a whole"):
+        generate(model, idx, 5, stop_ids=[2.5])
+    for never in (71, -1):
+        with pytest.raises(ValueError, match=f"stop id {never} can never be produced.* 0 to 70"):
+            generate(model, idx, 5, stop_ids=[3, never])
+
+
+# ---- logits that are not finite
+
+
+def ruin(model: GPTLanguageModel, value: float, row: int | None = None) -> None:
+    """From the third token on, `value` among the logits of all rows, or of one."""
+    calls = []
+
+    def hook(module, args, output):
+        calls.append(1)
+        if len(calls) >= 3:
+            output[slice(None) if row is None else row, ..., 5] = value
+        return output
+
+    model.lm_head.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 5, "top_p": 0.9}, {"use_cache": False}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("every", [1, 16])
+def test_logits_that_are_not_finite_end_decoding(model, monkeypatch, options, value, every):
+    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+    ruin(model, value, row=1)
+    with pytest.raises((FloatingPointError, ValueError), match="finite|NaN") as caught:
+        generate(model, prompt(4, B=3), 40, **options)
+    if every == 1 or options == {"temperature": 0}:
+        assert caught.type is FloatingPointError and "row 1," in str(caught.value)
+
+
+def test_a_stream_hands_out_nothing_that_came_from_nan(model):
+    ruin(model, math.nan)
+    got = []
+    with pytest.raises(FloatingPointError, match="before token 7"):
+        for token in stream(model, prompt(4), 40, temperature=0):
+            got.append(token)
+    assert len(got) == 2
+
+
+def test_weights_of_nan_do_not_write_token_0_for_ever(model):
+    model.h[1].mlp.c_fc.weight.data[3, 2] = math.nan
+    flags = [m.training for m in model.train().modules()]
+    with pytest.raises(FloatingPointError):
+        generate(model, prompt(4), 40, temperature=0)
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_a_model_may_forbid_tokens_with_minus_infinity(model):
+    ruin(model, -math.inf)
+    assert 5 not in generate(model, prompt(4, B=4), 40, temperature=2.0)[:, 6:]
+
+
+# ---- a look at every 16th token only
+
+
+@pytest.mark.parametrize("every", [2, 16, 100])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 2.5}, {"beyond": "slide", "use_cache": False}])
+def test_looking_seldom_changes_neither_text_nor_cache_nor_generator(model, seed, monkeypatch, every, options):
+    idx = prompt(6, B=3)
+    free = generate(model, idx, 45, generator=torch.Generator().manual_seed(seed), **options)[:, 6:]
+    stops = {int(row[n]) for row, n in zip(free, (3, 11, 19), strict=True)}
+
+    def run(every: int):
+        monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+        g, cache = torch.Generator().manual_seed(seed), KVCache.for_model(model, 3)
+        own = {} if "use_cache" in options else {"kv_cache": cache}
+        out = generate(model, idx, 45, stop_ids=stops, generator=g, **options, **own)
+        return out, cache.pos, cache.ids[:, : cache.pos], torch.rand(4, generator=g)
+
+    (a, pos_a, ids_a, next_a), (b, pos_b, ids_b, next_b) = run(1), run(every)
+    assert torch.equal(a, b) and a.size(1) < 6 + 45
+    assert pos_a == pos_b and torch.equal(ids_a, ids_b)
+    if options.get("temperature") != 0:
+        assert torch.equal(next_a, next_b)
+
+
+def test_the_last_token_is_looked_at_too(model, monkeypatch):
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 16)
+    ruin(model, math.nan)
+    with pytest.raises(FloatingPointError):
+        generate(model, prompt(4), 5, temperature=0)
+    assert generate(model, prompt(4), 0).size(1) == 4
+
+
+# ---- padded vocabularies
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 5.0}, {"repetition_penalty": 1.3}])
+def test_ids_beyond_the_tokenizer_are_never_chosen(model, options):
+    model.lm_head.weight.data[60:] *= 9  # the rows of the padding are the likeliest of all
+    idx = prompt(5, B=4)
+    assert (generate(model, idx, 30, **options)[:, 5:] >= 60).any()
+    out = generate(model, idx, 30, n_vocab=60, **options)
+    assert (out[:, 5:] < 60).all()
+    step = next(steps(model, idx, 1, n_vocab=60, **options))
+    assert step.logits.shape == step.probabilities.shape == (4, 71) and (step.probabilities[:, 60:] == 0).all()
+    assert torch.equal(generate(model, idx, 5, temperature=0, n_vocab=71), generate(model, idx, 5, temperature=0))
+
+
+def test_the_sample_of_a_training_run_stays_inside_the_tokenizer_too(seed, bytes_encoding):
+    model = random_model(GPTConfig(vocab_size=320, n_ctx=64, n_embd=32, n_layer=2, n_head=4))
+    model.wte.weight.data[257:] *= 30
+    text = sample_text(model, bytes_encoding, "ab", n=40)  # an id beyond 256 could not be decoded
+    assert text.startswith("ab")
+
+
+# ---- caches that generation makes for itself
+
+
+@pytest.mark.parametrize(
+    ("T", "new", "beyond", "length"), [(5, 7, "stop", 12), (60, 100, "slide", 64), (3, 0, "stop", 3)]
+)
+def test_a_cache_is_as_long_as_the_request(model, T, new, beyond, length):
+    job = plan_decode(model, prompt(T, B=2), new, beyond=beyond)
+    assert job.cache.max_len == length and job.cache.keys.size(1) == 2
+
+
+def test_a_model_with_caches_of_its_own_is_asked_for_one(model):
+    asked, idx = [], prompt(9, B=2)
+    want = generate(model, idx, 20, temperature=0)
+    kept = KVCache.for_model(model, 2)
+
+    def new_cache(batch_size: int, length: int) -> KVCache:
+        asked.append((batch_size, length))
+        return kept
+
+    model.new_cache = new_cache
+    for _ in range(2):  # the second time it holds what the first left behind
+        assert torch.equal(generate(model, idx, 20, temperature=0), want)
+    other = prompt(11, B=2)
+    got = generate(model, other, 20, temperature=0)
+    assert asked == [(2, 29), (2, 29), (2, 31)] and kept.pos == 30
+    generate(model, idx, 3, use_cache=False)
+    generate(model, idx, 3, kv_cache=KVCache.for_model(model, 2))
+    assert len(asked) == 3
+    del model.new_cache
+    assert torch.equal(got, generate(model, other, 20, temperature=0))
 
 
 # ---- streaming

@@ -11,7 +11,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from minigpt_lib.generation.sampling import check_sampling, draw, filter_logits, penalize_repeats, sample
+from minigpt_lib.generation import sampling
+from minigpt_lib.generation.options import check_sampling
+from minigpt_lib.generation.sampling import draw, filter_logits, keep_top_p, penalize_repeats, sample, uniform
 
 
 def kept_slow(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> dict[int, float]:
@@ -162,3 +164,98 @@ def test_draw_takes_probabilities_and_keeps_the_device_of_its_input(seed):
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
         check_sampling(1.0, **options)
+
+
+# ---- the draw: one number a row
+
+
+def frequencies(ids: torch.Tensor, V: int) -> torch.Tensor:
+    return torch.bincount(ids, minlength=V) / len(ids)
+
+
+def test_draws_have_the_distribution_of_the_softmax_and_of_multinomial(seed):
+    V, n = 40, 60_000
+    p = (torch.randn(V) * 2).softmax(-1)
+    p[torch.randperm(V)[:10]] = 0
+    p = p / p.sum()
+    ours = frequencies(draw(p.expand(n, V), torch.Generator().manual_seed(seed)), V)
+    theirs = frequencies(torch.multinomial(p, n, replacement=True), V)
+    sigma = (p * (1 - p) / n).sqrt()
+    assert ((ours - p).abs() <= 6 * sigma).all() and (ours[p == 0] == 0).all()
+    assert ((ours - theirs).abs() <= 6 * sigma * 2**0.5).all()
+
+
+def dart(monkeypatch, value: float) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda rows, generator, device: torch.full((rows, 1), value))
+
+
+@pytest.mark.parametrize("V", [3, 257, 50_257])
+def test_the_ends_of_the_bar_give_the_first_and_the_last_possible_id(seed, monkeypatch, V):
+    p = (torch.randn(8, V) * 3).softmax(-1)
+    p[:, 0] = p[:, -1] = 0  # neither end may be drawn
+    p[0] = 0
+    p[0, 1] = 1.0
+    first, last = (p > 0).int().argmax(-1), V - 1 - (p > 0).flip(-1).int().argmax(-1)
+    dart(monkeypatch, 0.0)
+    assert torch.equal(draw(p), first)
+    dart(monkeypatch, 1.0)  # what rounding may make of the largest number
+    for q in (p, p * 0.999, p * 1.001):  # and a sum that is not quite 1
+        assert torch.equal(draw(q), last)
+    dart(monkeypatch, 1 - 2**-24)  # the largest that torch.rand gives
+    ids = draw(p)
+    behind = p.double().flip(-1).cumsum(-1).flip(-1).gather(1, ids[:, None])[:, 0] - p.gather(1, ids[:, None])[:, 0]
+    assert (p.gather(1, ids[:, None]) > 0).all() and (behind < 1e-6).all()
+
+
+def test_an_id_without_probability_is_never_drawn_wherever_the_dart_lands(seed, monkeypatch):
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.0, 0.25, 0.0]])
+    for value, want in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 5), (0.9999, 5)):
+        dart(monkeypatch, value)
+        assert draw(p).tolist() == [want]
+
+
+def test_the_sum_of_a_gpu_may_go_down_by_rounding(monkeypatch):
+    """A parallel sum of floats is not monotone to the last bit: an id of probability 0 may seem to hold a sliver."""
+    p = torch.tensor([[0.5, 0.0, 0.5]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: torch.tensor([[0.5, 0.5000001, 1.0]]))
+    dart(monkeypatch, 0.5)
+    assert draw(p).tolist() == [2]
+
+
+def test_a_draw_takes_one_number_a_row_from_the_generator_whatever_the_vocabulary(seed):
+    g, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    for V in (5, 1000):
+        draw(torch.rand(4, V), g)
+        torch.rand(4, 1, generator=other)
+        assert torch.equal(g.get_state(), other.get_state())
+    assert torch.equal(uniform(4, g, torch.device("cpu")), torch.rand(4, 1, generator=other))
+
+
+def test_the_global_generator_is_used_where_none_is_given(seed):
+    p = torch.rand(50, 30)
+    torch.manual_seed(seed)
+    first = draw(p)
+    torch.manual_seed(seed)
+    assert torch.equal(draw(p), first)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_row_from_which_nothing_can_be_drawn_is_refused(seed, bad):
+    logits = torch.randn(3, 9)
+    logits[1] = bad
+    with pytest.raises(ValueError, match="finite"):
+        sample(logits)
+
+
+def test_none_is_off_everywhere_and_top_k_above_the_vocabulary_keeps_all(seed):
+    logits = torch.randn(4, 30)
+    assert torch.equal(filter_logits(logits, None, None, None, None), logits)
+    for k in (30, 31, 10**9):
+        assert torch.equal(filter_logits(logits, top_k=k), logits)
+
+
+@pytest.mark.parametrize("p", [0, -0.1, 1.5])
+def test_top_p_out_of_range(p):
+    for function in (keep_top_p, lambda logits, p: filter_logits(logits, top_p=p)):
+        with pytest.raises(ValueError, match=rf"top_p={p} .*\(0, 1\]"):
+            function(torch.zeros(1, 5), p)

@@ -11,23 +11,20 @@ from torch import Tensor
 
 from ..model.gpt import GPTConfig, GPTLanguageModel
 
-# %% ../../notebooks/06_kv_cache.ipynb #c38f2a03
-class _CacheMemory:
-    """Preallocated `keys` and `values`, each (n_layer, B, nh, max_len, hs); `pos` positions are filled.
+# %% ../../notebooks/06_kv_cache.ipynb #a2480fb7
+class KVCache:
+    """Keys and values of the positions that a model has already read, for every layer.
 
-    `ids` (B, max_len) are the tokens that they belong to.
-    Raises ValueError for a max_len outside 1..n_ctx and a batch_size below 1.
+    `keys` and `values` are (n_layer, B, nh, max_len, hs), allocated once; `pos` positions of them are filled, and `ids`
+    (B, max_len) are the tokens that they belong to. After `model(idx, kv_cache=cache)` it holds idx too. A cache
+    belongs to one model with its weights unchanged.
+    Raises ValueError for a max_len outside 1..n_ctx, a batch_size below 1, and when more comes than fits.
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int = 1,
-        max_len: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ):
+        self, config: GPTConfig, batch_size: int = 1, max_len: int | None = None, *,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ):  # fmt: skip
         max_len = config.n_ctx if max_len is None else max_len
         if not 1 <= max_len <= config.n_ctx:
             raise ValueError(f"max_len={max_len} must be between 1 and n_ctx={config.n_ctx}")
@@ -58,12 +55,22 @@ class _CacheMemory:
     def check_room(self, B: int, end: int) -> None:
         """Raise ValueError unless the cache has B rows and room for `end` positions."""
         if end > self.max_len or self.keys.size(1) != B:
-            room = f"{self.keys.size(1)} × {self.max_len}"
-            raise ValueError(f"batch {B} with {end} positions does not fit a cache of {room}")
+            has = f"{self.keys.size(1)} × {self.max_len}"
+            raise ValueError(f"batch {B} with {end} positions does not fit a cache of {has}")
 
-# %% ../../notebooks/06_kv_cache.ipynb #8868e1c5
-class _CachePointer(_CacheMemory):
-    """What moves `pos` back."""
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, nh, T, hs) after the filled positions; return all so far, each (B, nh, pos + T, hs)."""
+        end = self.pos + k.size(2)
+        self.check_room(k.size(0), end)
+        self.keys[layer, :, :, self.pos : end] = k
+        self.values[layer, :, :, self.pos : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, idx: Tensor) -> None:
+        """Count the tokens idx (B, T) as held; the model calls it once all layers have stored theirs."""
+        end = self.pos + idx.size(1)
+        self.ids[:, self.pos : end] = idx
+        self.pos = end
 
     def reuse(self, idx: Tensor) -> int:
         """Keep the longest beginning that all rows share with idx (B, T), at most T - 1 tokens; return its length."""
@@ -82,29 +89,6 @@ class _CachePointer(_CacheMemory):
         """Forget everything; the memory is kept."""
         self.pos = 0
 
-# %% ../../notebooks/06_kv_cache.ipynb #a2480fb7
-class KVCache(_CachePointer):
-    """Keys and values of the positions that a model has already read, for every layer.
-
-    `keys` and `values` are (n_layer, B, nh, max_len, hs), allocated once; `pos` positions of them are filled.
-    After `model(idx, kv_cache=cache)` it holds idx too. A cache belongs to one model with its weights unchanged.
-    Raises ValueError when more comes than fits.
-    """
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, nh, T, hs) after the filled positions; return all so far, each (B, nh, pos + T, hs)."""
-        end = self.pos + k.size(2)
-        self.check_room(k.size(0), end)
-        self.keys[layer, :, :, self.pos : end] = k
-        self.values[layer, :, :, self.pos : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def advance(self, idx: Tensor) -> None:
-        """Count the tokens idx (B, T) as held; the model calls it once all layers have stored theirs."""
-        end = self.pos + idx.size(1)
-        self.ids[:, self.pos : end] = idx
-        self.pos = end
-
     def copy(self) -> Self:
         """A cache of its own with the same content, e.g. to continue one prompt in several ways."""
         other = object.__new__(type(self))
@@ -115,13 +99,9 @@ class KVCache(_CachePointer):
 
 # %% ../../notebooks/06_kv_cache.ipynb #fb1bdd09
 def prefill(
-    model: GPTLanguageModel,
-    idx: Tensor,
-    cache: KVCache,
-    *,
-    attention_mask: Tensor | None = None,
+    model: GPTLanguageModel, idx: Tensor, cache: KVCache, *, attention_mask: Tensor | None = None,
     chunk: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Read idx (B, T) behind what the cache holds, `chunk` tokens at a time; logits (B, V) behind the last token.
 
     attention_mask (B, cache.pos + T) as in the model. Raises ValueError for a chunk below 1 and what the model refuses.
