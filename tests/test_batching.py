@@ -10,7 +10,7 @@ from instructions import END, some_records, text
 from minigpt_lib.training.loss import evaluate_loss, summed_loss
 from minigpt_lib.tuning.batching import LengthBatches, cut_evenly, encode_record, encode_records, pack, pad, real_share
 from minigpt_lib.tuning.chat_template import build_prompt, defuse, encode_prompt, encode_reply
-from minigpt_lib.tuning.records import load_records
+from minigpt_lib.tuning.cleaning import load_records
 
 
 def slow_labels(enc, record) -> list[int]:

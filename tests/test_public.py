@@ -22,7 +22,7 @@ ROOM_ORDER = {  # modules, in the order in which the notebooks write them
     "training": "loss data token_files optim distributed monitor checkpoint loop run",
     "weights": "crc32c stored tf_checkpoint hub convert pretrained verify",
     "generation": "sampling kv_cache decode quantized compiled prompt_lookup native",
-    "tuning": "lora peft_io records chat_template batching sft metrics",
+    "tuning": "lora peft_io chat_template records batching metrics cleaning packing sft",
     "chat": "session inspect pages layout handlers app",
 }
 ORDER = ["devices", "paths", "atomic", "download"]
