@@ -8,9 +8,10 @@ from conftest import ROOT
 from instructions import END, some_records, text
 
 from minigpt_lib.training.loss import evaluate_loss, summed_loss
-from minigpt_lib.tuning.batching import LengthBatches, cut_evenly, encode_record, encode_records, pack, pad, real_share
+from minigpt_lib.tuning.batching import LengthBatches, cut_by_tokens, encode_record, encode_records, pad, real_share
 from minigpt_lib.tuning.chat_template import build_prompt, defuse, encode_prompt, encode_reply
 from minigpt_lib.tuning.cleaning import load_records
+from minigpt_lib.tuning.packing import cut_evenly, pack
 
 
 def slow_labels(enc, record) -> list[int]:
@@ -125,6 +126,21 @@ def test_batches_are_a_pure_function_of_the_index(seed):
     assert [tuple(another.members(i)) for i in range(len(another))] != epochs[0], "another seed, another order"
 
 
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_batches_are_shuffled(seed, chunk):
+    """Neither the records of a chunk nor the batches of an epoch come in their order: of lengths, or in the file."""
+    examples = random_examples(600)
+    batches = LengthBatches(examples, 8, seed, chunk=chunk)
+    longest = [batches.batch(i)[0].size(1) for i in range(len(batches))]
+    rises = sum(a < b for a, b in zip(longest, longest[1:], strict=False))
+    assert 0.25 * len(longest) < rises < 0.75 * len(longest), f"seed {seed}: short to long, or long to short"
+    members = [batches.members(i) for i in range(len(batches))]
+    beside = sum(b == a + 1 for part in members for a, b in zip(part, part[1:], strict=False))
+    assert beside < 60, f"seed {seed}: neighbours in the file stay neighbours"
+    first = {n for part in members[: len(members) // 2] for n in part}
+    assert 0.3 < sum(n < 300 for n in first) / len(first) < 0.7, f"seed {seed}: the file's first half comes first"
+
+
 def test_batches_row_by_row(seed):
     examples = random_examples(40)
     batches = LengthBatches(examples, 6, seed)
@@ -197,10 +213,27 @@ def test_cutting_evenly(seed, count):
     assert largest(sizes) <= best
 
 
-def test_batches_are_alike_in_tokens(seed):
+@pytest.mark.parametrize("count", [1, 2, 7, 39, 40])
+def test_cutting_by_tokens(seed, count):
+    """Exactly as many groups as asked for, none empty, each within one record of its share of the tokens."""
+    for _ in range(20):
+        lengths = sorted(random.choice([1, 5, 30, 400]) for _ in range(40))
+        sizes = cut_by_tokens(lengths, count)
+        assert len(sizes) == count and sum(sizes) == 40 and min(sizes) >= 1, f"seed {seed}: {lengths}"
+    lengths = sorted(random.randint(1, 30) for _ in range(400))
+    sizes, at = cut_by_tokens(lengths, 7), 0
+    for size in sizes:
+        assert abs(sum(lengths[at : at + size]) - sum(lengths) / 7) <= 30, f"seed {seed}"
+        at += size
+
+
+@pytest.mark.parametrize("cut", [cut_by_tokens, cut_evenly])
+def test_batches_are_alike_in_tokens(seed, cut):
     examples = random_examples(600)
-    sizes = [LengthBatches(examples, 8, seed).batch(i)[0].numel() for i in range(75)]
+    batches = LengthBatches(examples, 8, seed, cut=cut)
+    sizes = [batches.batch(i)[0].numel() for i in range(75)]
     assert max(sizes) < 1.6 * sorted(sizes)[37]
+    assert sorted(n for i in range(75) for n in batches.members(i)) == list(range(600))
     at_random = LengthBatches(examples, 8, seed, chunk=1)
     assert {len(at_random.members(i)) for i in range(75)} == {8}
 

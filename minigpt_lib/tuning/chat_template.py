@@ -17,11 +17,11 @@ _ROLE_LINE = re.compile(rf"(^|{_BREAK})([^\S\n\r]*)(User|Assistant)(?=:)")
 
 # %% ../../notebooks/08_instruction_tuning.ipynb #7e8fbf75
 def trim(text: str) -> str:
-    """`text` without empty lines before it and white space after it; one lone space in front goes too.
+    """`text` without empty lines before it and white space after it, its lines ended by a single newline character.
 
-    More than one space, or a tab, is the first line's indentation and stays.
+    One lone space in front goes too; more than one, or a tab, is the first line's indentation and stays.
     """
-    text = re.sub(rf"\A\s*{_BREAK}", "", text).rstrip()
+    text = re.sub(rf"\A\s*{_BREAK}", "", text.replace("\r\n", "\n")).rstrip()
     return text[1:] if re.match(r"[^\S\t]\S", text) else text
 
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -89,7 +90,8 @@ def recipe_for(config: GPTConfig, *, full: bool = False, **changes: object) -> R
     for name in ("r", "alpha", "dropout", "targets", "rslora"):
         if full and name in changes:
             raise ValueError(f"{name}={changes[name]!r} shapes an adapter, full fine-tuning has none: leave out one")
-    return replace(next((r for width, r in RECIPES.items() if config.n_embd <= width), RECIPES[1600]), **changes)
+    recipe = next((recipe for width, recipe in RECIPES.items() if config.n_embd <= width), RECIPES[1600])
+    return replace(recipe, **changes) if changes else recipe
 
 # %% ../../notebooks/08c_data_for_tuning.ipynb #bcf4daea
 @contextlib.contextmanager
@@ -113,7 +115,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
             raise ValueError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
         yield
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #1c4e7f47
+# %% ../../notebooks/08c_data_for_tuning.ipynb #1f77f2b4
 def _identity(model: GPTLanguageModel, examples: Sequence[Example], packed: bool) -> dict[str, object]:
     """What a checkpoint must have been learning from: the examples, the adapters, the frozen weights."""
     learnt, frozen = hashlib.sha256(), hashlib.sha256()
@@ -129,7 +131,12 @@ def _save_tuned(
     model: GPTLanguageModel, enc: tiktoken.Encoding, folder: Path, base_name: str | None, facts: dict, history: History
 ) -> None:
     if lora_layers(model):
-        save_adapter(model, folder, base_name)
+        new = save_adapter(model, folder / ".new", base_name)
+        for path in sorted(path for path in new.rglob("*") if path.is_file()):  # a config comes before its weights
+            target = folder / path.relative_to(new)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        shutil.rmtree(new)
         facts = facts | {"lora": {name: asdict(config) for name, config in lora_configs(model).items()}}
     else:
         save_pretrained(model, folder, enc)
