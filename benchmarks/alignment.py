@@ -182,7 +182,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: data/mini/alignment.json, with --quick nowhere")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    here, recipe = data_dir(), recipe_for(GPTConfig.preset("mini"))
+    here = data_dir()
+    recipe = replace(recipe_for(GPTConfig.preset("mini")), max_len=256)  # as the stored runs; no record is longer
     parts = {part: load_records(here / "instructions" / f"{part}.json") for part in ("train", "val", "test")}
     rows, facts, seeds, steps = plan(recipe), test_facts(here), args.seeds, args.steps
     if args.quick:

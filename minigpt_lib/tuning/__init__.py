@@ -2,7 +2,7 @@
 
 from minigpt_lib.tuning.batching import Example as Example
 from minigpt_lib.tuning.batching import LengthBatches as LengthBatches
-from minigpt_lib.tuning.batching import cut_by_tokens as cut_by_tokens
+from minigpt_lib.tuning.batching import cut_evenly as cut_evenly
 from minigpt_lib.tuning.batching import encode_record as encode_record
 from minigpt_lib.tuning.batching import encode_records as encode_records
 from minigpt_lib.tuning.batching import pad as pad
@@ -52,7 +52,6 @@ from minigpt_lib.tuning.metrics import repeated_share as repeated_share
 from minigpt_lib.tuning.metrics import reply as reply
 from minigpt_lib.tuning.metrics import reply_rates as reply_rates
 from minigpt_lib.tuning.metrics import states as states
-from minigpt_lib.tuning.packing import cut_evenly as cut_evenly
 from minigpt_lib.tuning.packing import pack as pack
 from minigpt_lib.tuning.peft_io import load_adapter as load_adapter
 from minigpt_lib.tuning.peft_io import read_adapter_config as read_adapter_config

@@ -29,7 +29,7 @@ def read_utf8(path: str | Path) -> str:
         byte = raw[error.start]
         raise ValueError(f"{path}, line {line}, byte {at}: 0x{byte:02x} is not UTF-8: save it as UTF-8") from None
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #25ecab40
+# %% ../../notebooks/08c_data_for_tuning.ipynb #715e9b9d
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
 
@@ -41,7 +41,7 @@ def _as_message(message: object) -> object:
     said_by = message.get("from")
     return {"role": _SPEAKERS.get(str(said_by), said_by), "content": message.get("value"), **rest}
 
-
+# %% ../../notebooks/08c_data_for_tuning.ipynb #4d29614f
 def as_record(record: object) -> object:
     """A record of ShareGPT's schema, or of prompt and completion, in the words of `Record`; any other as it is.
 
@@ -152,10 +152,10 @@ def clean_records(
             kept.append(record)
     return kept, dropped
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #ef6889bd
+# %% ../../notebooks/08c_data_for_tuning.ipynb #a5f3e981
 ALPACA = ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")  # data set on the Hugging Face hub, file; CC BY-NC 4.0
 
-
+# %% ../../notebooks/08c_data_for_tuning.ipynb #92af174d
 def fetch_alpaca(folder: str | Path, *, sha256: str | None = None, revision: str = "main") -> Path:
     """Download the cleaned Alpaca records through huggingface_hub into `folder`, once; return the .json file.
 

@@ -157,13 +157,19 @@ def recall(
         hits.setdefault(fact["group"], []).append(hit)
     return {group: sum(found) / len(found) for group, found in hits.items()}
 
-# %% ../../notebooks/08b_tuning_and_knowledge.ipynb #d172d14c
-def best_constant(facts: Sequence[Mapping[str, str]]) -> float:
-    """The share of facts that are right if each relation gets one constant answer, the most frequent among them.
+# %% ../../notebooks/08b_tuning_and_knowledge.ipynb #a3f66f85
+def best_constant(facts: Sequence[Mapping[str, str]], known: Sequence[Mapping[str, str]]) -> float:
+    """The share of `facts` that are right if each relation gets one answer, the most frequent one among `known` facts.
 
-    A control for guessing: who scores no more than this need not have known anything.
+    A control for guessing: who scores no more than this need not have known anything. Of equally frequent answers the
+    one that scores best counts. A relation without known facts scores nothing.
     """
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    usual, right = defaultdict(Counter), defaultdict(Counter)
+    for fact in known:
+        usual[fact["relation"]][fact["answer"]] += 1
     for fact in facts:
-        answers[fact["relation"]][fact["answer"]] += 1
-    return sum(counts.most_common(1)[0][1] for counts in answers.values()) / len(facts)
+        right[fact["relation"]][fact["answer"]] += 1
+    hits = 0
+    for relation, answers in usual.items():
+        hits += max(right[relation][a] for a, n in answers.items() if n == max(answers.values()))
+    return hits / len(facts)

@@ -41,7 +41,10 @@ def _chat_turns(messages: object) -> list[Turn]:
         raise ValueError(f"{len(messages)} messages: the last one must be the assistant's")
     if not any(learnt[1::2]):
         raise ValueError("no reply of this chat is learnt: every weight is 0")
-    return list(zip(said[::2], said[1::2], map(bool, learnt[1::2]), strict=True))
+    turns = list(zip(said[::2], said[1::2], map(bool, learnt[1::2]), strict=True))
+    while not turns[-1][2]:  # what comes after the last reply that is learnt teaches nothing
+        turns.pop()
+    return turns
 
 # %% ../../notebooks/08_instruction_tuning.ipynb #5ec9bedc
 def record_turns(record: Record) -> list[Turn]:

@@ -81,7 +81,7 @@ RECIPES = {  # widest n_embd: recipe
     1600: Recipe(8, 16, 0.05, ("c_attn",), epochs=3, batch_size=8, lr=2e-4, lr_full=2e-5),
 }
 
-
+# %% ../../notebooks/08c_data_for_tuning.ipynb #ee780da2
 def recipe_for(config: GPTConfig, *, full: bool = False, **changes: object) -> Recipe:
     """The recipe for a model's width, with `changes` of its fields: small models learn at a higher rate than GPT-2's.
 
@@ -150,7 +150,7 @@ def count_cut(whole: Sequence[Example], kept: Sequence[Example]) -> dict[str, fl
     lost = [len(a) - len(b) for (a, _), (b, _) in zip(whole, kept, strict=True)]
     return {"records": sum(n > 0 for n in lost), "tokens": round(sum(lost) / sum(len(ids) for ids, _ in whole), 4)}
 
-
+# %% ../../notebooks/08c_data_for_tuning.ipynb #8208e036
 def _first_line(examples: Sequence[Example], cut: dict[str, float], max_len: int, n_ctx: int) -> str:
     line = f"{len(examples):,} records, {sum(len(ids) for ids, _ in examples):,} tokens"
     if cut["records"]:
