@@ -211,7 +211,7 @@ def test_finetune_says_what_is_cut(model, enc, tmp_path, capsys, max_len, way_ou
     options = {"recipe": recipe, "cfg": recipe.train_config(7, full=True, steps=1), "max_len": max_len}
     finetune(model, enc, LONG, folder=tmp_path, progress=False, **options)
     said = capsys.readouterr().err
-    assert f"7 records, {sum(min(n, limit) for n in whole)} tokens; 1 records are longer than {limit} tokens" in said
+    assert f"7 records, {sum(min(n, limit) for n in whole)} tokens; 1 of them is longer than {limit} tokens and cut" in said
     assert f"{lost:.1%} of all tokens" in said and way_out in said
     facts = json.loads((tmp_path / "training.json").read_text("utf-8"))
     assert facts["max_len"] == limit and facts["cut"] == {"records": 1, "tokens": pytest.approx(lost, abs=1e-4)}

@@ -52,8 +52,8 @@ def _turns(messages: Messages, input: str = "") -> list[tuple[str, str]]:
         raise ValueError("input goes with a single instruction, not with a list of messages")
     turns = []
     for n, message in enumerate(messages, start=1):
-        role, content = message.get("role"), message.get("content")
-        check_role(n, role)
+        check_role(n, message.get("role"))
+        role, content = message["role"], message.get("content")
         if not isinstance(content, str):
             raise ValueError(f"message {n}: content must be text, not {type(content).__name__}")
         if role == "user" and not content.strip():

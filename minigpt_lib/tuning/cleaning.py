@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['NOTES', 'ALPACA', 'read_utf8', 'as_record', 'unused_keys', 'read_records', 'load_records', 'record_key', 'split_records', 'clean_records', 'fetch_alpaca']
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #fd48196c
+# %% ../../notebooks/08c_data_for_tuning.ipynb #7695fbe2
 import hashlib
 import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .records import Record, check_records, record_turns
 
@@ -76,8 +77,8 @@ def unused_keys(records: Sequence[object]) -> dict[str, int]:
             found.update(f"messages: {key}" for key in message if key not in ("role", "content", "weight"))
     return dict(found.most_common())
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #41650c7f
-def read_records(path: str | Path) -> list[object]:
+# %% ../../notebooks/08c_data_for_tuning.ipynb #2e95e7f6
+def read_records(path: str | Path) -> list[Any]:
     """What a .json file (a list) or a .jsonl file (one record a line) holds, `as_record`, not yet checked.
 
     Warns of keys that are not used. Raises FileNotFoundError, and ValueError for a file that is not UTF-8 or not JSON,
@@ -101,12 +102,12 @@ def read_records(path: str | Path) -> list[object]:
         return records
     records = [as_record(record) for record in records]
     if unused := unused_keys(records):
-        named = ", ".join(f"{key!r} ({n:,} times)" for key, n in unused.items())
+        named = ", ".join(f"{key!r} ({'once' if n == 1 else f'{n:,} times'})" for key, n in unused.items())
         warnings.warn(f"{path}: these keys are not used: {named}", stacklevel=2)
     return records
 
 
-def load_records(path: str | Path) -> list[dict[str, object]]:
+def load_records(path: str | Path) -> list[dict[str, Any]]:
     """Instruction records from a .json or .jsonl file, ready to be learnt.
 
     Schemas: Alpaca's instruction, output and perhaps input, with a `history` of pairs [question, reply]; chat messages
@@ -130,15 +131,17 @@ def split_records(records: Sequence[Record], share: float = 0.05) -> tuple[list[
     parts = [[record for record, held in zip(records, held_out, strict=True) if held == side] for side in (False, True)]
     return parts[0], parts[1]
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #205defda
+# %% ../../notebooks/08c_data_for_tuning.ipynb #4455649b
 def clean_records(
-    records: Sequence[object], max_chars: int = 10_000
-) -> tuple[list[dict[str, object]], list[tuple[int, str]]]:
+    records: Sequence[Any], max_chars: int = 10_000
+) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """The records that can be used, and (number from 1, reason) of each that was dropped.
 
     Dropped are records that `check_records` would refuse, those of more than max_chars characters, and duplicates.
     """
-    kept, dropped, seen = [], [], {}
+    kept: list[dict[str, Any]] = []
+    dropped: list[tuple[int, str]] = []
+    seen: dict[str, int] = {}
     for number, record in enumerate(records, start=1):
         try:
             size = sum(len(question) + len(reply) for question, reply, _ in record_turns(record))

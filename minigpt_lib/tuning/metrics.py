@@ -157,14 +157,15 @@ def recall(
         hits.setdefault(fact["group"], []).append(hit)
     return {group: sum(found) / len(found) for group, found in hits.items()}
 
-# %% ../../notebooks/08b_tuning_and_knowledge.ipynb #a3f66f85
+# %% ../../notebooks/08b_tuning_and_knowledge.ipynb #7dc39adf
 def best_constant(facts: Sequence[Mapping[str, str]], known: Sequence[Mapping[str, str]]) -> float:
     """The share of `facts` that are right if each relation gets one answer, the most frequent one among `known` facts.
 
     A control for guessing: who scores no more than this need not have known anything. Of equally frequent answers the
     one that scores best counts. A relation without known facts scores nothing.
     """
-    usual, right = defaultdict(Counter), defaultdict(Counter)
+    usual: dict[str, Counter[str]] = defaultdict(Counter)
+    right: dict[str, Counter[str]] = defaultdict(Counter)
     for fact in known:
         usual[fact["relation"]][fact["answer"]] += 1
     for fact in facts:

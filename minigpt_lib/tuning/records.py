@@ -46,8 +46,8 @@ def _chat_turns(messages: object) -> list[Turn]:
         turns.pop()
     return turns
 
-# %% ../../notebooks/08_instruction_tuning.ipynb #5ec9bedc
-def record_turns(record: Record) -> list[Turn]:
+# %% ../../notebooks/08_instruction_tuning.ipynb #7f9909d6
+def record_turns(record: object) -> list[Turn]:
     """A record as turns (question, reply, is the reply learnt?): a history is only read, a chat's replies are learnt.
 
     A reply of a chat with "weight": 0 is not. Raises ValueError, naming the field, for what cannot be used.
@@ -59,14 +59,16 @@ def record_turns(record: Record) -> list[Turn]:
     for field in ("instruction", "output"):
         if field not in record:
             raise ValueError(f"the field {field!r} is missing; it has {', '.join(map(str, record)) or 'none'}")
-    question, before = trim(_said("the field 'instruction'", record["instruction"])), []
+    before: list[Turn] = []
+    question = trim(_said("the field 'instruction'", record["instruction"]))
     if record.get("input") not in (None, "") and str(record["input"]).strip():
         question += "\n" + trim(_said("the field 'input'", record["input"]))
     history = record.get("history") or ()
     for pair in history if isinstance(history, list | tuple) else (history,):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"the field 'history' must be a list of pairs [question, reply], not {pair!r:.40}")
-        before.append((*(_said("the field 'history'", text) for text in pair), False))
+        asked, reply = (_said("the field 'history'", text) for text in pair)
+        before.append((asked, reply, False))
     return [*before, (question, _said("the field 'output'", record["output"]), True)]
 
 # %% ../../notebooks/08_instruction_tuning.ipynb #c49b942b

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -20,6 +21,7 @@ import torch
 from ..atomic import write_atomically
 from ..model.gpt import GPTConfig, GPTLanguageModel
 from ..training.checkpoint import delete_checkpoints
+from ..training.distributed import current_ranks
 from ..training.loop import train
 from ..training.loss import evaluate_loss
 from ..training.monitor import History
@@ -62,7 +64,7 @@ class Recipe:
             return add_lora(model, self.r, self.alpha, self.dropout, self.targets, rslora=self.rslora)
 
     def train_config(
-        self, records: int, *, full: bool = False, device: torch.device | None = None, **changes: float
+        self, records: int, *, full: bool = False, device: torch.device | None = None, **changes: Any
     ) -> TrainConfig:
         """The training of this recipe for a number of records; `changes` are fields of TrainConfig.
 
@@ -70,9 +72,16 @@ class Recipe:
         """
         steps = int(changes.get("steps", self.epochs * -(-records // max(1, self.batch_size))))
         lr = changes.get("lr", self.lr_full if full else self.lr)
-        plan = {"steps": steps, "batch_size": self.batch_size, "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0,
-                "warmup": int(self.warmup * steps), "eval_every": max(1, steps // 8),
-                "precision": "auto" if device is not None and device.type == "cuda" else "fp32"}  # fmt: skip
+        plan: dict[str, Any] = {
+            "steps": steps,
+            "batch_size": self.batch_size,
+            "lr": lr,
+            "min_lr": lr / 10,
+            "weight_decay": 0.0,
+            "warmup": int(self.warmup * steps),
+            "eval_every": max(1, steps // 8),
+            "precision": "auto" if device is not None and device.type == "cuda" else "fp32",
+        }
         return TrainConfig(**(plan | changes))
 
 # %% ../../notebooks/08c_data_for_tuning.ipynb #11aee30c
@@ -81,8 +90,8 @@ RECIPES = {  # widest n_embd: recipe
     1600: Recipe(8, 16, 0.05, ("c_attn",), epochs=3, batch_size=8, lr=2e-4, lr_full=2e-5),
 }
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #ee780da2
-def recipe_for(config: GPTConfig, *, full: bool = False, **changes: object) -> Recipe:
+# %% ../../notebooks/08c_data_for_tuning.ipynb #fa053594
+def recipe_for(config: GPTConfig, *, full: bool = False, **changes: Any) -> Recipe:
     """The recipe for a model's width, with `changes` of its fields: small models learn at a higher rate than GPT-2's.
 
     Raises ValueError for a change that shapes an adapter where all weights are trained (`full`).
@@ -103,7 +112,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with (Path(folder) / ".lock").open("a+b") as f:
         try:
-            if os.name == "nt":
+            if sys.platform == "win32":
                 import msvcrt
 
                 msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
@@ -150,13 +159,13 @@ def count_cut(whole: Sequence[Example], kept: Sequence[Example]) -> dict[str, fl
     lost = [len(a) - len(b) for (a, _), (b, _) in zip(whole, kept, strict=True)]
     return {"records": sum(n > 0 for n in lost), "tokens": round(sum(lost) / sum(len(ids) for ids, _ in whole), 4)}
 
-# %% ../../notebooks/08c_data_for_tuning.ipynb #8208e036
+# %% ../../notebooks/08c_data_for_tuning.ipynb #67395117
 def _first_line(examples: Sequence[Example], cut: dict[str, float], max_len: int, n_ctx: int) -> str:
     line = f"{len(examples):,} records, {sum(len(ids) for ids, _ in examples):,} tokens"
     if cut["records"]:
         way_out = f"the model's n_ctx={n_ctx} allows no more" if max_len == n_ctx else f"max_len may be up to {n_ctx}"
-        line += f"; {cut['records']:,} records are longer than {max_len} tokens and are cut, "
-        line += f"{cut['tokens']:.1%} of all tokens: {way_out}"
+        line += f"; {cut['records']:,} of them {'is' if cut['records'] == 1 else 'are'} longer than {max_len} tokens "
+        line += f"and cut, {cut['tokens']:.1%} of all tokens: {way_out}"
     return line
 
 
@@ -209,12 +218,13 @@ def finetune(
     if progress or cut["records"]:
         sys.stderr.write(_first_line(examples, cut, max_len, model.config.n_ctx) + "\n")
     val = LengthBatches(encode_records(enc, val_records, max_len), 32) if val_records else None
-    evaluate = val and (lambda: evaluate_loss(model, map(val.batch, range(len(val))), cfg.precision))
-    layout = {"chunk": 1, "collate": lambda few: pack(few, model.config.n_ctx)} if packed else {"collate": pad}
-    batches = LengthBatches(examples, cfg.batch_size, cfg.seed, **layout)
-    options = {"evaluate": evaluate, "on_step": on_step, "folder": folder, "resume": resume, "progress": progress}
-    with folder_lock(folder) if folder is not None else contextlib.nullcontext():
-        history = train(model, batches.batch, cfg, data=_identity(model, examples, packed), **options)
+    evaluate = (lambda: evaluate_loss(model, map(val.batch, range(len(val))), cfg.precision)) if val else None
+    collate = (lambda few: pack(few, model.config.n_ctx)) if packed else pad
+    batches = LengthBatches(examples, cfg.batch_size, cfg.seed, chunk=1 if packed else 64, collate=collate)
+    alone = folder_lock(folder) if folder is not None and current_ranks().main else contextlib.nullcontext()
+    with alone:
+        history = train(model, batches.batch, cfg, evaluate=evaluate, on_step=on_step, folder=folder, resume=resume,
+                        progress=progress, data=_identity(model, examples, packed))  # fmt: skip
         if folder is not None:
             facts = {"records": len(records), "recipe": asdict(recipe), "max_len": max_len, "cut": cut}
             _save_tuned(model, enc, Path(folder), base_name, facts | {"train": asdict(cfg)}, history)
