@@ -40,10 +40,10 @@ from minigpt_lib.text.tokenizer import load_tokenizer
 from minigpt_lib.training.loss import evaluate_loss
 from minigpt_lib.tuning.batching import LengthBatches, encode_records
 from minigpt_lib.tuning.chat_template import encode_prompt
+from minigpt_lib.tuning.cleaning import load_records
 from minigpt_lib.tuning.lora import count_trainable, lora_disabled
 from minigpt_lib.tuning.metrics import complete, decode_reply, recall, reply_rates
 from minigpt_lib.tuning.peft_io import load_adapter
-from minigpt_lib.tuning.records import load_records
 from minigpt_lib.tuning.sft import Recipe, finetune, recipe_for
 from minigpt_lib.weights.pretrained import load_pretrained
 
@@ -182,7 +182,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: data/mini/alignment.json, with --quick nowhere")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    here, recipe = data_dir(), recipe_for(GPTConfig.preset("mini"))
+    here = data_dir()
+    recipe = replace(recipe_for(GPTConfig.preset("mini")), max_len=256)  # as the stored runs; no record is longer
     parts = {part: load_records(here / "instructions" / f"{part}.json") for part in ("train", "val", "test")}
     rows, facts, seeds, steps = plan(recipe), test_facts(here), args.seeds, args.steps
     if args.quick:

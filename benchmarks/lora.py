@@ -46,8 +46,8 @@ from minigpt_lib.text.tokenizer import load_tokenizer
 from minigpt_lib.training.loop import train_step
 from minigpt_lib.training.optim import TrainConfig, configure_optimizer
 from minigpt_lib.tuning.batching import Example, LengthBatches, encode_records, pad, real_share
+from minigpt_lib.tuning.cleaning import load_records
 from minigpt_lib.tuning.lora import add_lora, lora_parameters
-from minigpt_lib.tuning.records import load_records
 from minigpt_lib.weights.convert import to_hf_state
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -389,7 +389,7 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
 def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
     """The records to learn and those to measure the loss on, as --data, --val, --clean and --limit say."""
     from minigpt_lib.paths import data_dir
-    from minigpt_lib.tuning.records import clean_records, fetch_alpaca, load_records, read_records, split_records
+    from minigpt_lib.tuning.cleaning import clean_records, fetch_alpaca, load_records, read_records, split_records
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")

@@ -575,7 +575,7 @@ def test_an_interrupted_tuning_goes_on(folder, tmp_path, capsys, monkeypatch):
 def test_the_recipe_for_gpt2_runs_through_without_official_weights(gpt2_encoding, tmp_path, monkeypatch, capsys):
     """The command of the course's recipe, on random weights; the preset is narrow in depth here, not in width."""
     import minigpt_lib.model.gpt as model
-    import minigpt_lib.tuning.records as records
+    import minigpt_lib.tuning.cleaning as records
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIGPT_DEVICE", "cpu")
@@ -594,7 +594,7 @@ def test_the_recipe_for_gpt2_runs_through_without_official_weights(gpt2_encoding
 
 
 def test_finetune_fetches_alpaca_when_asked(folder, tmp_path, monkeypatch, capsys):
-    import minigpt_lib.tuning.records as records
+    import minigpt_lib.tuning.cleaning as records
 
     file = tmp_path / "alpaca.json"
     file.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n}."} for n in range(60)]))

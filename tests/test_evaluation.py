@@ -9,6 +9,7 @@ from instructions import some_records, text
 from minigpt_lib.paths import data_dir
 from minigpt_lib.text.tokenizer import load_tokenizer
 from minigpt_lib.tuning.chat_template import encode_prompt
+from minigpt_lib.tuning.cleaning import load_records
 from minigpt_lib.tuning.lora import lora_disabled
 from minigpt_lib.tuning.metrics import (
     complete,
@@ -22,7 +23,6 @@ from minigpt_lib.tuning.metrics import (
     states,
 )
 from minigpt_lib.tuning.peft_io import load_adapter
-from minigpt_lib.tuning.records import load_records
 from minigpt_lib.weights.pretrained import load_pretrained
 
 

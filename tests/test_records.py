@@ -10,18 +10,20 @@ import types
 import pytest
 from instructions import some_records, text
 
-from minigpt_lib.tuning.records import (
-    check_records,
+from minigpt_lib.tuning.batching import encode_record
+from minigpt_lib.tuning.chat_template import build_prompt
+from minigpt_lib.tuning.cleaning import (
+    as_record,
     clean_records,
     fetch_alpaca,
     load_records,
     read_records,
+    read_utf8,
     record_key,
-    record_messages,
-    record_turns,
     split_records,
-    with_history,
+    unused_keys,
 )
+from minigpt_lib.tuning.records import check_records, record_messages, record_turns, with_history
 
 
 def test_load_records(tmp_path):
@@ -61,9 +63,156 @@ def test_bad_record_files(tmp_path, content, words):
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         load_records(tmp_path / "nothing.json")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.json").write_bytes(b"\x7fELF\x02\x01")
     with pytest.raises(ValueError, match="not JSON"):
         load_records(tmp_path / "binary.json")
+
+
+# --- text comes in one way
+
+SAID = [{"instruction": "Grüße 日本", "output": "é\nß"}, {"instruction": "Say 🙂.", "output": "ok"}]
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_utf8_with_or_without_a_mark_and_either_line_end(tmp_path, codec, end, name):
+    lines = [json.dumps(r, ensure_ascii=False) for r in SAID]
+    text = end.join(lines) + end if name.endswith("l") else f"[{end}{f',{end}'.join(lines)}{end}]"
+    (tmp_path / name).write_bytes(text.encode(codec))
+    assert load_records(tmp_path / name) == SAID
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf16_is_named(tmp_path, codec):
+    path = tmp_path / "records.json"
+    path.write_bytes(json.dumps(SAID).encode(codec))
+    with pytest.raises(ValueError, match=r"records\.json is UTF-16 or UTF-32, not UTF-8"):
+        load_records(path)
+
+
+def test_a_bad_byte_is_named_with_its_place(tmp_path, seed):
+    lines = [json.dumps({"instruction": text(), "output": text()}).encode() for _ in range(9)]
+    at, byte = random.randrange(9), random.choice([0x80, 0xE9, 0xFF])
+    place = random.randint(1, len(lines[at]) - 1)
+    lines[at] = lines[at][:place] + bytes([byte]) + lines[at][place:]
+    for end in (b"\n", b"\r\n"):
+        (tmp_path / "r.jsonl").write_bytes(end.join(lines))
+        with pytest.raises(ValueError, match=rf"r\.jsonl, line {at + 1}, byte {place + 1}: 0x{byte:02x} is not UTF-8"):
+            load_records(tmp_path / "r.jsonl")
+
+
+def test_line_ends_inside_a_text_are_one_character(enc):
+    """What a person typed under Windows is learnt, and asked, as the same tokens."""
+    records = [{"instruction": f"Sort:{end}a{end}b", "output": f"a{end}b"} for end in ("\n", "\r\n")]
+    assert encode_record(enc, records[0]) == encode_record(enc, records[1])
+    assert build_prompt(records[0]["instruction"]) == build_prompt(records[1]["instruction"])
+
+
+# --- schemas
+
+
+def test_sharegpt_and_prompt_completion_say_the_same_as_messages(tmp_path):
+    talk = chat("Hi", "Hello.", "Bye", "Take care.")
+    share = {"conversations": [{"from": "human" if m["role"] == "user" else "gpt", "value": m["content"]}
+                               for m in talk["messages"]]}  # fmt: skip
+    pair = {"prompt": "Bye", "completion": " Take care."}
+    long = {"prompt": talk["messages"][:3], "completion": talk["messages"][3:]}
+    (tmp_path / "r.json").write_text(json.dumps([share | {"id": "7"}, pair, long, talk]))
+    turns = [record_turns(record) for record in load_records(tmp_path / "r.json")]
+    assert turns[0] == turns[3] == [("Hi", "Hello.", True), ("Bye", "Take care.", True)]
+    assert [(q, r.strip(), learnt) for q, r, learnt in turns[1]] == [("Bye", "Take care.", True)]
+    assert turns[2] == [("Hi", "Hello.", False), ("Bye", "Take care.", True)]
+    assert share["conversations"][0] == {"from": "human", "value": "Hi"}, "the caller's record was changed"
+
+
+def test_foreign_schemas_keep_what_they_are(enc):
+    plain = {"instruction": "a", "output": "b", "prompt": "kept", "completion": "kept"}
+    assert as_record(plain) is plain and as_record("text") == "text" and as_record(None) is None
+    share = {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
+    assert record_turns(as_record(share)) == [("a", "b", True)]
+    assert encode_record(enc, as_record({"prompt": "a", "completion": " b"})) == encode_record(
+        enc, {"instruction": "a", "output": "b"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"conversations": "Hi"}, "'messages' must be a list of turns"),
+        ({"conversations": [{"from": "human", "value": "a"}] * 2}, "message 2 has role 'user'"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "has role 'tool'"),
+        ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "b"}]}, "message 1 must be text"),
+        ({"prompt": "a"}, "'instruction' is missing; it has prompt"),
+        ({"prompt": ["a"], "completion": "b"}, "'instruction' must be text"),
+    ],
+)
+def test_bad_records_of_other_schemas(tmp_path, record, words):
+    (tmp_path / "r.json").write_text(json.dumps([SAID[1], record]))
+    with pytest.raises(ValueError, match=f"record 2: .*{words}"):
+        load_records(tmp_path / "r.json")
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [*SYSTEM, {"role": "assistant", "content": "b"}]},
+        {"messages": SYSTEM},
+        {"conversations": [{"from": who, "value": "x"} for who in ("system", "human", "gpt")]},
+    ],
+)
+def test_a_system_turn_is_refused_by_name(tmp_path, record):
+    (tmp_path / "r.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match="message 1 has role 'system'.*no system turn: put its text"):
+        load_records(tmp_path / "r.json")
+
+
+def test_keys_that_are_not_used_are_named_once(tmp_path):
+    talk = chat("Hi", "Hello.", "Bye", "Take care.")
+    for message in talk["messages"]:
+        message["tool_calls"] = []
+    records = [SAID[0] | {"system": "x", "task": "t"}, SAID[1] | {"system": "y"}, talk | {"id": 1}]
+    assert unused_keys(records) == {"messages: tool_calls": 4, "system": 2}
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    with pytest.warns(UserWarning, match=r"not used: 'messages: tool_calls' \(4 times\), 'system' \(2 times\)") as seen:
+        load_records(tmp_path / "r.json")
+    assert len(seen) == 1
+
+
+def test_no_key_of_our_own_schemas_is_called_unused(tmp_path, recwarn):
+    talk = chat("a", "b")
+    talk["messages"][1]["weight"] = 1
+    records = [SAID[0] | {"input": "", "history": [["a", "b"]]}, talk, {"prompt": "a", "completion": "b"}]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    load_records(tmp_path / "r.json")
+    assert not recwarn.list
+
+
+def test_weight_0_is_read_and_not_learnt(enc):
+    talk = chat("a", "b", "c", "d", "e", "f")
+    talk["messages"][1]["weight"] = 0
+    assert [learnt for *_, learnt in record_turns(talk)] == [False, True, True]
+    ids, labels = encode_record(enc, talk)
+    assert ids == encode_record(enc, chat("a", "b", "c", "d", "e", "f"))[0]
+    assert enc.decode([i for i in labels if i != -100]) == " d<|endoftext|> f<|endoftext|>"
+    talk["messages"][5]["weight"] = 0
+    assert [(q, r) for q, r, _ in record_turns(talk)] == [("a", "b"), ("c", "d")], "after the last reply learnt"
+
+
+@pytest.mark.parametrize(("weights", "words"), [((0, 0), "every weight is 0"), ((1, 0.5), "message 4 has weight 0.5")])
+def test_bad_weights(weights, words):
+    talk = chat("a", "b", "c", "d")
+    talk["messages"][1]["weight"], talk["messages"][3]["weight"] = weights
+    with pytest.raises(ValueError, match=f"record 1: .*{words}"):
+        check_records([talk])
+
+
+def test_read_utf8(tmp_path):
+    (tmp_path / "t").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
+    assert read_utf8(tmp_path / "t") == "a\nb\rc\n"
 
 
 def test_with_history(seed):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -14,8 +17,8 @@ from minigpt_lib.tuning.batching import encode_records
 from minigpt_lib.tuning.chat_template import encode_prompt
 from minigpt_lib.tuning.lora import add_lora, lora_layers, lora_parameters, merge_lora
 from minigpt_lib.tuning.metrics import format_rate, recall, recall_each, reply
-from minigpt_lib.tuning.peft_io import load_adapter
-from minigpt_lib.tuning.sft import RECIPES, Recipe, finetune, recipe_for
+from minigpt_lib.tuning.peft_io import load_adapter, save_adapter
+from minigpt_lib.tuning.sft import RECIPES, Recipe, count_cut, finetune, folder_lock, recipe_for
 from minigpt_lib.weights.pretrained import load_pretrained
 
 TINY = Recipe(4, 8, 0.0, ("c_attn", "c_proj", "c_fc"), epochs=2, batch_size=4, lr=3e-2, lr_full=5e-3, max_len=100)
@@ -179,3 +182,193 @@ def test_an_adapter_on_the_head_is_not_tuned_silently(model, enc):
     add_lora(model, 2, targets=("c_attn", "lm_head"))
     with pytest.raises(ValueError, match="lm_head carries an adapter"):
         finetune(model, enc, SIMPLE, progress=False)
+
+
+# --- nothing is cut without a word
+
+LONG = [*SIMPLE, {"instruction": "Count.", "output": "one two three four " * 20}]
+
+
+def test_the_limit_is_the_models_own(model, enc):
+    """A default that cuts what the model could read is a fault: what fits into n_ctx is learnt whole."""
+    assert all(recipe.max_len is None for recipe in RECIPES.values())
+    record = {"instruction": "Say it.", "output": "x" * 60}
+    whole = encode_records(enc, [record])[0][0]
+    assert 64 < len(whole) <= model.config.n_ctx
+    seen = []
+    plain = replace(TINY, max_len=None)
+    finetune(model, enc, [record], recipe=plain, cfg=plain.train_config(1, full=True, steps=1, lr=1e-9),
+             on_step=seen.append, progress=False)  # fmt: skip
+    assert seen[0]["tokens_per_s"] > 0
+    assert count_cut(encode_records(enc, [record]), encode_records(enc, [record], model.config.n_ctx))["records"] == 0
+
+
+@pytest.mark.parametrize(("max_len", "way_out"), [(40, "max_len may be up to 128"), (None, "n_ctx=128 allows no more")])
+def test_finetune_says_what_is_cut(model, enc, tmp_path, capsys, max_len, way_out):
+    whole, limit = [len(ids) for ids, _ in encode_records(enc, LONG)], max_len or 128
+    lost = sum(max(0, n - limit) for n in whole) / sum(whole)
+    recipe = replace(TINY, max_len=None)
+    options = {"recipe": recipe, "cfg": recipe.train_config(7, full=True, steps=1), "max_len": max_len}
+    finetune(model, enc, LONG, folder=tmp_path, progress=False, **options)
+    said = capsys.readouterr().err
+    assert f"7 records, {sum(min(n, limit) for n in whole)} tokens; 1 of them is longer than {limit} tokens and cut" in said
+    assert f"{lost:.1%} of all tokens" in said and way_out in said
+    facts = json.loads((tmp_path / "training.json").read_text("utf-8"))
+    assert facts["max_len"] == limit and facts["cut"] == {"records": 1, "tokens": pytest.approx(lost, abs=1e-4)}
+
+
+def test_finetune_says_nothing_more_where_nothing_is_cut(model, enc, capsys):
+    finetune(model, enc, SIMPLE, recipe=TINY, cfg=TINY.train_config(6, full=True, steps=1), progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# --- a run belongs to one process and can always go on
+
+
+def test_two_runs_do_not_share_a_folder(model, enc, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(ValueError, match=f"another run is writing to {tmp_path}: wait for it"):
+        finetune(model, enc, SIMPLE, recipe=TINY, folder=tmp_path, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} <= {".lock"}
+    cfg = TINY.train_config(6, full=True, steps=1)
+    finetune(model, enc, SIMPLE, recipe=TINY, cfg=cfg, folder=tmp_path, progress=False)
+
+
+def test_the_lock_of_another_process_holds_until_it_dies(tmp_path):
+    hold = "import sys, time; from minigpt_lib.tuning.sft import folder_lock\n"
+    hold += "with folder_lock(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run"), folder_lock(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with folder_lock(tmp_path):
+        pass
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_kill_in_the_last_second_is_finished_by_the_same_command(model, enc, tmp_path, monkeypatch, full):
+    """Killed before each of the last writes in turn; weights never stand without the config that reads them."""
+    import minigpt_lib.atomic as atomic
+
+    cfg = TINY.train_config(len(SIMPLE), full=full, steps=4, checkpoint_every=2)
+    real = atomic.os.replace
+
+    def tune(folder):
+        tuned = copy.deepcopy(model)
+        if not full:
+            TINY.add_lora(tuned, 7)
+        return tuned, finetune(tuned, enc, SIMPLE, cfg=cfg, recipe=TINY, folder=folder, resume="auto",
+                               base_name="tiny", progress=False)  # fmt: skip
+
+    straight, history = tune(tmp_path / "straight")
+    wanted = {p.name for p in (tmp_path / "straight").iterdir()}
+    moments = 0
+    for kill_at in range(20):
+        folder, writes = tmp_path / str(kill_at), [0]
+
+        def dying(source, target, folder=folder, writes=writes, kill_at=kill_at):
+            if not str(target).endswith((".pt", ".jsonl")):
+                if writes[0] == kill_at:
+                    raise Killed
+                writes[0] += 1
+            real(source, target)
+
+        monkeypatch.setattr(atomic.os, "replace", dying)
+        try:
+            tune(folder)
+        except Killed:
+            moments += 1
+        else:
+            break
+        finally:
+            monkeypatch.setattr(atomic.os, "replace", real)
+        there = {p.name for p in folder.iterdir()}
+        assert "adapter_model.safetensors" not in there or "adapter_config.json" in there, f"after {kill_at} writes"
+        again, losses = tune(folder)
+        assert [h["loss"] for h in losses] == [h["loss"] for h in history]
+        assert {p.name for p in folder.iterdir()} == wanted
+        for name, p in straight.named_parameters():
+            assert torch.equal(again.get_parameter(name), p), name
+    assert moments >= 3
+
+
+def test_a_kill_before_the_checkpoints_are_deleted(model, enc, tmp_path, monkeypatch):
+    import minigpt_lib.tuning.sft as sft
+
+    TINY.add_lora(model)
+    before = copy.deepcopy(model)
+    options = {"cfg": TINY.train_config(6, steps=2), "recipe": TINY, "folder": tmp_path, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "delete_checkpoints", lambda folder: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            finetune(model, enc, SIMPLE, **options)
+    assert list(tmp_path.glob("checkpoint-*")) and (tmp_path / "training.json").is_file()
+    finetune(before, enc, SIMPLE, resume=True, **options)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert all(torch.equal(lora_parameters(before)[name], p) for name, p in lora_parameters(model).items())
+
+
+def test_the_adapter_names_its_base(model, enc, tmp_path):
+    TINY.add_lora(model)
+    finetune(model, enc, SIMPLE, cfg=TINY.train_config(6, steps=1), recipe=TINY, folder=tmp_path, base_name="a/b",
+             progress=False)  # fmt: skip
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/b"
+
+
+def test_an_adapter_can_be_trained_on(model, enc, tmp_path):
+    """Loaded, it starts where the other ended, and keeps its shape; the base stays as it was."""
+    with torch.no_grad():
+        model.wte.weight.mul_(10)
+    base = copy.deepcopy(model)
+    options = {"cfg": TINY.train_config(len(SIMPLE), steps=30), "recipe": TINY, "progress": False}
+    first = finetune(TINY.add_lora(model), enc, SIMPLE, **options)
+    save_adapter(model, tmp_path / "first")
+    again = load_adapter(copy.deepcopy(base), tmp_path / "first")
+    more = finetune(again, enc, SIMPLE, folder=tmp_path / "second", **options)
+    assert more[0]["loss"] < first[0]["loss"] - 1, "it began anew"
+    raw = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")]
+    assert [(r["r"], r["lora_alpha"]) for r in raw] == [(4, 8)] * 2
+    assert all(torch.equal(again.get_parameter(name), p) for name, p in base.named_parameters())
+
+
+# --- options
+
+
+@pytest.mark.parametrize("change", [{"r": 4}, {"alpha": 2.0}, {"targets": ("c_attn",)}, {"dropout": 0.1}])
+def test_what_shapes_an_adapter_is_refused_without_one(change):
+    config = GPTConfig.preset("mini")
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* shapes an adapter, full fine-tuning has none"):
+        recipe_for(config, full=True, **change)
+    (name, value), = change.items()
+    assert getattr(recipe_for(config, **change), name) == value
+    assert recipe_for(config, full=True, epochs=3).epochs == 3 and recipe_for(config).epochs == 8
+
+
+def test_precision_by_device():
+    for kind, want in (("cuda", "auto"), ("cpu", "fp32"), ("mps", "fp32")):
+        assert TINY.train_config(6, device=torch.device(kind)).precision == want
+    assert TINY.train_config(6).precision == "fp32"
+    assert TINY.train_config(6, device=torch.device("cuda"), precision="fp32").precision == "fp32"
+
+
+def test_drawing_an_adapter_leaves_every_random_state(model, monkeypatch):
+    """On a CUDA device its generator is covered too: the seed given for A must not stay behind in it."""
+    import minigpt_lib.tuning.sft as sft
+
+    before = torch.get_rng_state()
+    TINY.add_lora(copy.deepcopy(model), 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    covered, real = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: covered.append(devices) or real([]))
+    monkeypatch.setattr(sft, "add_lora", lambda model, *shape, **options: model)
+    device = torch.device("cuda", 1)
+    TINY.add_lora(types.SimpleNamespace(wte=types.SimpleNamespace(weight=types.SimpleNamespace(device=device))))
+    TINY.add_lora(model)
+    assert covered == [[device], []]
