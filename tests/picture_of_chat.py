@@ -16,9 +16,9 @@ def main(path: Path) -> None:
     app = build_app("mini", device="cpu")
     address = launch(app, 0, block=False)
     with chromium() as browser:
-        page, complaints = watched(browser, 1100, 840)
+        page, complaints = watched(browser, 1360, 800)
         page.goto(address)
-        page.get_by_label("Show what tokens are chosen from").check()
+        page.get_by_label("Show alternatives").check()
         for n, question in enumerate(QUESTIONS, start=1):
             page.locator("#message textarea").fill(question)
             page.locator("#send").click()
@@ -28,7 +28,8 @@ def main(path: Path) -> None:
         page.locator("#choices label").nth(UNSURE).click()
         page.wait_for_timeout(500)
         path.parent.mkdir(exist_ok=True)
-        page.screenshot(path=path, full_page=True)
+        page.mouse.move(0, 0)
+        page.screenshot(path=path)
         print(page.locator("#talk").inner_text(), complaints)
     app.close(verbose=False)
 

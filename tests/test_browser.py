@@ -430,13 +430,15 @@ def test_the_conversation_survives_a_reload_and_a_stop_and_ends_with_clear(page,
     expect(page, lambda p: p.locator("#examples").is_visible() and said(p) == [])
 
 
-def test_a_forged_history_in_the_browser_does_no_harm(browser, served):
+@pytest.mark.parametrize("own", ['[{"role": 1}]', "no JSON", "[[[", "null", "7"])
+def test_a_forged_history_in_the_browser_does_no_harm(browser, served, own):
     page, _ = watched(browser)  # Gradio writes to the console that it cannot read it
     opened(page, served[0])
-    set_new_tokens(page, 3)
-    send(page, "Hello")
-    expect(page, lambda p: reply(p) == LETTERS[:3])
-    page.evaluate("for (const key of Object.keys(localStorage)) localStorage.setItem(key, '[{\"role\": 1}]')")
+    talked(page, "Hello")
+    page.wait_for_timeout(500)  # until the last of it has been stored
+    for where in ("localStorage", "sessionStorage"):
+        forged = "'[{\"role\": 1}]'" if where == "localStorage" else f"'{own}'"
+        page.evaluate(f"for (const key of Object.keys({where})) {where}.setItem(key, {forged})")
     page.reload()
     expect(page, lambda p: p.locator("#examples").is_visible() and said(p) == [])
     send(page, "Hello")
@@ -599,13 +601,16 @@ def test_what_is_typed_right_after_clear_stays(page):
     assert page.locator("#message textarea").input_value() == "typed at once"
 
 
-def test_a_reload_in_the_middle_of_a_reply_brings_back_what_was_written(page, served):
+def test_a_reload_in_the_middle_of_a_reply_brings_back_what_was_written(browser, served):
+    page, _ = watched(browser)  # Gradio writes to the console that its stream was cut
+    opened(page, served[0])
     set_new_tokens(page, 450)
     send(page, "Go")
     expect(page, lambda p: len(reply(p)) > 60)
     page.reload()
     expect(page, lambda p: said(p)[:1] == ["Go"] and len(reply(p)) > 5)
     assert page.locator("#talk .busy").count() == 0
+    page.context.close()
     expect_still(served[1])
 
 

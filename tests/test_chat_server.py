@@ -570,3 +570,19 @@ def test_no_file_is_served_taken_or_written(served, tmp_path, monkeypatch):
     for message in ("../../x", "/tmp/x", "`touch x`", "$(touch x)"):
         Session(address).talk(message, *GREEDY)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_handler_that_changes_nothing_is_no_error(served):
+    """The settings are moved while no tokens are shown: the page asks, and there is nothing to draw."""
+    import httpx
+
+    address, models = served
+    session = Session(address)
+    listeners = httpx.get(address + "/config").json()["dependencies"]
+    parts = {c["id"]: c for c in httpx.get(address + "/config").json()["components"]}
+    again = next(f for f in listeners if len(f["inputs"]) == 2 + len(CONTROLS) and f["trigger_mode"] == "always_last")
+    values = [None, None, *[parts[i]["props"].get("value") for i in again["inputs"][2:]]]
+    session.fn = again["id"]
+    body = {"data": values, "fn_index": again["id"], "session_hash": session.name}
+    assert session.http.post("/queue/join", json=body).status_code == 200
+    assert '"success":true' in session.answer()

@@ -46,7 +46,7 @@ def _drawn(gr: Any, part: Page, page: Page) -> dict:
         page["examples"] = gr.update(visible=idle == 0)
     if "bin" in page:
         page["back"] = gr.update(visible=bool(page["bin"]))
-    return {part[name]: value for name, value in page.items() if name in part}
+    return {part[name]: value for name, value in page.items() if name in part} or gr.skip()  # {} would be an error
 
 
 def _called(run: Callable, names: Sequence[str], **special: Any) -> Callable:

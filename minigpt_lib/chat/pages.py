@@ -87,7 +87,7 @@ def token_strip(found: Sequence[Choice], enc: tiktoken.Encoding, whose: str = ""
         told = f'aria-label="{name}, {100 * made.p:.0f} percent" aria-describedby="odds-{n}"'
         cells.append(f'<input type="radio" name="token" id="token-{n}" {told}{" checked" * (n == 0)}>'
                      f'<label for="token-{n}" style="--doubt:{100 * unsure:.0f}%">{name}</label>'
-                     f'<div class="one" id="odds-{n}">{odds(made, enc)}</div>')
+                     f'<div class="one" id="odds-{n}" tabindex="0">{odds(made, enc)}</div>')
     lead = "<p>Each token, the darker the less certain. Choose one to see what else could have stood there.</p>"
     lead += f'<p class="whose">{html.escape(whose)}</p>' if whose else ""
     return f'{lead}<div class="strip" role="radiogroup" aria-label="Tokens of the reply">{"".join(cells)}</div>'

@@ -72,8 +72,11 @@ window.minigpt = {
   recall(name, latest) {
     this.ready = true;
     if (matchMedia('(min-width: 1200px)').matches) document.querySelector('#settings button[class*=label]')?.click();
-    const own = sessionStorage.getItem(name);
-    return own === null ? latest : JSON.parse(own);
+    try {
+      return JSON.parse(sessionStorage.getItem(name)) ?? latest;
+    } catch {
+      return latest;  // something else wrote there
+    }
   },
   keep(name, talk) { if (this.ready) sessionStorage.setItem(name, JSON.stringify(talk)); },
 };
