@@ -83,8 +83,7 @@ def _attempt(url: str, part: Path, size: int | None, timeout: float, show: bool)
     wish = {"Range": f"bytes={done}-"} if done else {}
     with requests.get(url, headers=wish | {"Accept-Encoding": "identity"}, stream=True, timeout=timeout) as answer:
         if answer.status_code == 416:  # there is no rest
-            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-            if total != str(done):
+            if answer.headers.get("Content-Range", "").rpartition("/")[2] != str(done):
                 part.unlink()
                 raise ConnectionError("the part that was here did not belong to this file")
             return

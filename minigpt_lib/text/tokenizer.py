@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,9 +94,9 @@ def unspell(word: str) -> bytes:
     except KeyError as error:
         raise ValueError(f"{word!r} is not a token of a byte-level BPE: {error} stands for no byte") from None
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #503eb330
+# %% ../../notebooks/01b_vocabulary_files.ipynb #4e0620d8
 def ranks_of_merges(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str, check: bool = True
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], source: str, check: bool = True
 ) -> dict[bytes, int]:
     """Token bytes -> id, for the 256 bytes and the result of every merge.
 
@@ -183,8 +183,8 @@ def _read_tokenizer_json(path: Path) -> Parts:
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     return Parts(_complete(path, vocab, merges), special, _byte_level_pattern(path, spec.get("pre_tokenizer")))
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #3c52f732
-def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[bytes, int]:
+# %% ../../notebooks/01b_vocabulary_files.ipynb #1fcbeaf4
+def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> dict[bytes, int]:
     """The ranks, when every word of the vocabulary is a byte or comes from a merge."""
     if wrong := [merge for merge in merges if len(merge) != 2]:
         raise ValueError(f"{path}: a merge joins two tokens, but one of its lists {wrong[0]}")
@@ -243,7 +243,7 @@ class EncodingWithEnd(tiktoken.Encoding):
         return {"name": self.name, "end": self._end, "pat_str": self._pat_str,
                 "mergeable_ranks": self._mergeable_ranks, "special_tokens": self._special_tokens}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #6154b931
+# %% ../../notebooks/01b_vocabulary_files.ipynb #16786b86
 def _end_of(folder: Path, parts: Parts) -> int:
     """The end token: eos_token_id of config.json, else eos_token of the tokenizer's settings, else <|endoftext|>."""
     known = {*parts.ranks.values(), *parts.special.values()}
@@ -265,7 +265,8 @@ def _encoding(folder: Path, parts: Parts) -> tiktoken.Encoding:
     """The tokenizer of `folder`, with its own end token. Raises ValueError where the parts do not fit together."""
     if clash := set(parts.ranks.values()) & set(parts.special.values()):
         raise ValueError(f"the tokenizer in {folder} gives the id {min(clash)} to two tokens")
-    end, made = _end_of(folder, parts), {"pat_str": parts.pattern, "mergeable_ranks": parts.ranks}
+    end = _end_of(folder, parts)
+    made: dict[str, Any] = {"pat_str": parts.pattern, "mergeable_ranks": parts.ranks}
     try:
         if parts.special.get(ENDOFTEXT) == end:
             return tiktoken.Encoding(folder.resolve().name, special_tokens=parts.special, **made)
@@ -411,7 +412,7 @@ def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": cut, "post_processor": level, "decoder": level | {"add_prefix_space": True}, "model": bpe}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #60683167
+# %% ../../notebooks/01b_vocabulary_files.ipynb #78a57f6d
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | os.PathLike[str]) -> None:
     """Write `enc` as tokenizer.json and tokenizer_config.json, which Transformers and `load_tokenizer` read.
 
@@ -429,10 +430,9 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | os.PathLike[str]) -> No
         config |= {"bos_token": end, "eos_token": end, "unk_token": end}
     if pads := [text for text in special.values() if text.lower() in ("[pad]", "<pad>", "<|pad|>")]:
         config["pad_token"] = pads[0]
-    files = {"tokenizer.json": _tokenizer_json(enc), "tokenizer_config.json": config}
-    for name, content in files.items():
+    for name, content in {"tokenizer.json": _tokenizer_json(enc), "tokenizer_config.json": config}.items():
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
+        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     plain = sorted(enc._mergeable_ranks.values()) == list(range(len(enc._mergeable_ranks)))
     if plain and enc._pat_str == GPT2_PATTERN:
         save_ranks(enc._mergeable_ranks, folder / "tokenizer.tiktoken")
