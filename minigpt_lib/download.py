@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-
+# %% ../notebooks/01b_vocabulary_files.ipynb #6431b29b
 class FetchError(ConnectionError):
     """A file that is neither here nor could be downloaded; the message says what was tried and what to do."""
 
-
+# %% ../notebooks/01b_vocabulary_files.ipynb #41a5c917
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids downloads: the hub's own variable, honoured here for every download."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
-
+# %% ../notebooks/01b_vocabulary_files.ipynb #d296d5e0
 def openai_url(path: str) -> str:
     """The address of a file of OpenAI's GPT-2 release, or on a mirror of it that MINIGPT_OPENAI_URL names."""
     base = os.environ.get("MINIGPT_OPENAI_URL") or "https://openaipublic.blob.core.windows.net/gpt-2"
@@ -63,7 +63,7 @@ def _no_link(path: Path) -> None:
     if os.name == "posix" and path.exists() and path.stat().st_uid != os.geteuid():
         raise FetchError(f"{path} belongs to another user: delete it, or use another folder")
 
-
+# %% ../notebooks/01b_vocabulary_files.ipynb #14704acb
 def _open_part(part: Path, begin: int) -> IO[bytes]:
     """`part`, opened to write from byte `begin` on; a link is not followed."""
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -83,8 +83,7 @@ def _attempt(url: str, part: Path, size: int | None, timeout: float, show: bool)
     wish = {"Range": f"bytes={done}-"} if done else {}
     with requests.get(url, headers=wish | {"Accept-Encoding": "identity"}, stream=True, timeout=timeout) as answer:
         if answer.status_code == 416:  # there is no rest
-            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-            if total != str(done):
+            if answer.headers.get("Content-Range", "").rpartition("/")[2] != str(done):
                 part.unlink()
                 raise ConnectionError("the part that was here did not belong to this file")
             return

@@ -67,7 +67,8 @@ def data_dir() -> Path:
 
     Raises FileNotFoundError naming every place that was tried.
     """
-    package = Path(importlib.util.find_spec("minigpt_lib").origin).resolve().parent
+    spec = importlib.util.find_spec("minigpt_lib")
+    package = Path((spec and spec.origin) or ".").resolve().parent
     chosen = os.environ.get("MINIGPT_DATA")
     tried = [Path(chosen).expanduser()] if chosen else [package.parent / "data", package / "data"]
     for folder in tried:

@@ -91,7 +91,7 @@ class PairIndex:
 
     def merge(self, pair: tuple[bytes, bytes]) -> int:
         """Join `pair` wherever it occurs, repair the counts around it, return how many words were looked at."""
-        places, delta = self.where.pop(pair), Counter()
+        places, delta = self.where.pop(pair), Counter[tuple[bytes, bytes]]()
         for i in places:
             for p in neighbours(self.words[i]):
                 delta[p] -= self.freq[i]

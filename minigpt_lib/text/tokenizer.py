@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,13 +74,13 @@ def byte_letters() -> dict[int, str]:
     hidden = [b for b in range(256) if b not in shown]
     return {b: chr(b) for b in shown} | {b: chr(256 + n) for n, b in enumerate(hidden)}
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #d0725922
 def spell(token: bytes) -> str:
     """`token` in the letters of GPT-2's files."""
     letters = byte_letters()
     return "".join(letters[b] for b in token)
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #8a082531
 @lru_cache(maxsize=1)
 def _letter_bytes() -> dict[str, int]:
     return {letter: b for b, letter in byte_letters().items()}
@@ -94,9 +94,9 @@ def unspell(word: str) -> bytes:
     except KeyError as error:
         raise ValueError(f"{word!r} is not a token of a byte-level BPE: {error} stands for no byte") from None
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #503eb330
+# %% ../../notebooks/01b_vocabulary_files.ipynb #4e0620d8
 def ranks_of_merges(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], source: str, check: bool = True
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], source: str, check: bool = True
 ) -> dict[bytes, int]:
     """Token bytes -> id, for the 256 bytes and the result of every merge.
 
@@ -125,7 +125,7 @@ class Parts(NamedTuple):
     special: dict[str, int]
     pattern: str
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #9b2b4694
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -135,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a JSON object: it holds a {type(content).__name__}")
     return content
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #f6290853
 def _expect(path: Path, what: str, value: object, *known: object) -> None:
     if value not in known:
         raise ValueError(f"{path}: {what} is {value!r}, which is not supported; this library reads byte-level BPE "
@@ -165,7 +165,7 @@ def _added(path: Path, tokens: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             _expect(path, f"{flag} of the token {token['content']!r}", token.get(flag, False), False)
     return {token["content"]: token["id"] for token in tokens}
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #99b2cb22
 def _read_tokenizer_json(path: Path) -> Parts:
     """The parts of Hugging Face's tokenizer.json. Raises ValueError, naming the step, for what would change the ids."""
     spec = _read_json(path)
@@ -183,8 +183,8 @@ def _read_tokenizer_json(path: Path) -> Parts:
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     return Parts(_complete(path, vocab, merges), special, _byte_level_pattern(path, spec.get("pre_tokenizer")))
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #3c52f732
-def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[bytes, int]:
+# %% ../../notebooks/01b_vocabulary_files.ipynb #1fcbeaf4
+def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> dict[bytes, int]:
     """The ranks, when every word of the vocabulary is a byte or comes from a merge."""
     if wrong := [merge for merge in merges if len(merge) != 2]:
         raise ValueError(f"{path}: a merge joins two tokens, but one of its lists {wrong[0]}")
@@ -227,7 +227,7 @@ def _read_merges(folder: Path, vocab_name: str, merges_name: str) -> Parts:
     ranks = _complete(path, {word: i for word, i in vocab.items() if word not in special}, merges)
     return Parts(ranks, special, GPT2_PATTERN)
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #532fc75c
+# %% ../../notebooks/01b_vocabulary_files.ipynb #a353a034
 class EncodingWithEnd(tiktoken.Encoding):
     """A `tiktoken.Encoding` whose end token, `eot_token`, need not be called `<|endoftext|>`."""
 
@@ -243,7 +243,7 @@ class EncodingWithEnd(tiktoken.Encoding):
         return {"name": self.name, "end": self._end, "pat_str": self._pat_str,
                 "mergeable_ranks": self._mergeable_ranks, "special_tokens": self._special_tokens}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #6154b931
+# %% ../../notebooks/01b_vocabulary_files.ipynb #0bb99862
 def _end_of(folder: Path, parts: Parts) -> int:
     """The end token: eos_token_id of config.json, else eos_token of the tokenizer's settings, else <|endoftext|>."""
     known = {*parts.ranks.values(), *parts.special.values()}
@@ -259,13 +259,13 @@ def _end_of(folder: Path, parts: Parts) -> int:
     raise ValueError(f"the tokenizer in {folder} names no end token: give config.json an eos_token_id, or "
                      "tokenizer_config.json an eos_token")
 
-
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #44506b6b
 def _encoding(folder: Path, parts: Parts) -> tiktoken.Encoding:
     """The tokenizer of `folder`, with its own end token. Raises ValueError where the parts do not fit together."""
     if clash := set(parts.ranks.values()) & set(parts.special.values()):
         raise ValueError(f"the tokenizer in {folder} gives the id {min(clash)} to two tokens")
-    end, made = _end_of(folder, parts), {"pat_str": parts.pattern, "mergeable_ranks": parts.ranks}
+    end = _end_of(folder, parts)
+    made: dict[str, Any] = {"pat_str": parts.pattern, "mergeable_ranks": parts.ranks}
     try:
         if parts.special.get(ENDOFTEXT) == end:
             return tiktoken.Encoding(folder.resolve().name, special_tokens=parts.special, **made)
@@ -273,7 +273,7 @@ def _encoding(folder: Path, parts: Parts) -> tiktoken.Encoding:
     except ValueError as error:
         raise ValueError(f"tiktoken can't use the pattern of the tokenizer in {folder}: {error}") from error
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #b1c9ab4a
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, or OpenAI's hparams.json in its names; empty where neither is there."""
     if (folder / "config.json").is_file():
@@ -282,19 +282,19 @@ def _config(folder: Path) -> dict[str, Any]:
         return {"vocab_size": _read_json(folder / "hparams.json").get("n_vocab")}
     return {}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #98595648
+# %% ../../notebooks/01b_vocabulary_files.ipynb #d33807c4
 _GPT2_FILES = {  # SHA-256, the same that tiktoken has written down
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #3c5aa3d4
 def vocabulary_cache() -> Path:
     """The folder of GPT-2's files: TIKTOKEN_CACHE_DIR, DATA_GYM_CACHE_DIR, else tiktoken/ in `cache_dir()`."""
     chosen = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     return Path(chosen) if chosen else cache_dir() / "tiktoken"
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #c16a38d9
 def _gpt2_file(name: str) -> bytes:
     address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
     key, home = hashlib.sha1(address.encode()).hexdigest(), vocabulary_cache()
@@ -316,7 +316,7 @@ def _build_gpt2(vocab_bpe: bytes, encoder_json: bytes) -> tiktoken.Encoding:
     special = {ENDOFTEXT: vocab[ENDOFTEXT]}
     return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
-
+# %% ../../notebooks/01b_vocabulary_files.ipynb #a7fda412
 def _gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's BPE, its two files fetched first. Raises FetchError, which is an OSError."""
     try:
@@ -327,7 +327,7 @@ def _gpt2_encoding() -> tiktoken.Encoding:
             f"model 'mini'. What happened: {type(error).__name__}: {error}"
         ) from error
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #66c5c5f1
+# %% ../../notebooks/01b_vocabulary_files.ipynb #8112c30d
 _FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt")
 
 
@@ -378,7 +378,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> tiktoken.Encoding:
         raise ValueError(f"the tokenizer in {folder} has {highest + 1} tokens, but its config says vocab_size {size}")
     return _encoding(folder, parts)
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #49837a89
+# %% ../../notebooks/01b_vocabulary_files.ipynb #6ca4ec32
 def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge behind each token of more than one byte, in the order of the ranks.
 
@@ -393,7 +393,7 @@ def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         before[token] = ranks[token]
     return merges
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #a526b1c3
+# %% ../../notebooks/01b_vocabulary_files.ipynb #bfe9d04a
 def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     """`enc` as Hugging Face's tokenizer.json describes it."""
     ranks, special = enc._mergeable_ranks, enc._special_tokens
@@ -411,7 +411,7 @@ def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": cut, "post_processor": level, "decoder": level | {"add_prefix_space": True}, "model": bpe}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #60683167
+# %% ../../notebooks/01b_vocabulary_files.ipynb #848d16d2
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | os.PathLike[str]) -> None:
     """Write `enc` as tokenizer.json and tokenizer_config.json, which Transformers and `load_tokenizer` read.
 
@@ -429,10 +429,9 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | os.PathLike[str]) -> No
         config |= {"bos_token": end, "eos_token": end, "unk_token": end}
     if pads := [text for text in special.values() if text.lower() in ("[pad]", "<pad>", "<|pad|>")]:
         config["pad_token"] = pads[0]
-    files = {"tokenizer.json": _tokenizer_json(enc), "tokenizer_config.json": config}
-    for name, content in files.items():
+    for name, content in {"tokenizer.json": _tokenizer_json(enc), "tokenizer_config.json": config}.items():
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
+        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     plain = sorted(enc._mergeable_ranks.values()) == list(range(len(enc._mergeable_ranks)))
     if plain and enc._pat_str == GPT2_PATTERN:
         save_ranks(enc._mergeable_ranks, folder / "tokenizer.tiktoken")
