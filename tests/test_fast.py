@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from decoding import greedy_slow, one_by_one, pad, prompt, random_model, rounded
 
-from minigpt_lib.generation.compiled import FastGPT, bucket, cpp_compiler
+from minigpt_lib.generation.compiled import FastGPT, bucket, cpp_compiler, step_inputs, windows
 from minigpt_lib.generation.decode import generate, stream
 from minigpt_lib.generation.kv_cache import KVCache
 from minigpt_lib.generation.prompt_lookup import generate_lookup
@@ -207,8 +207,8 @@ def test_nothing_is_compiled_again_while_decoding(fast, seed):
 @compiling
 def test_the_compiled_path_is_the_one_that_runs(fast, seed, monkeypatch):
     model, copies = fast
-    calls, run = [], copies[None]._run[1]
-    monkeypatch.setitem(copies[None]._run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
+    calls, run = [], copies[None].backend.run[1]
+    monkeypatch.setitem(copies[None].backend.run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
     generate(copies[None], prompt(5), 6, temperature=0)
     assert calls == [(1, 1)] * 5  # the first token comes out of the prefill
     calls.clear()
@@ -221,8 +221,8 @@ def test_a_compiled_batch_of_unequal_prompts(seed, monkeypatch):
     model, calls = random_model(SMALL), []
     rows = [prompt(9), prompt(1), prompt(30), prompt(17)]
     batched = FastGPT(model, batch_size=4)
-    run = batched._run[1]
-    monkeypatch.setitem(batched._run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
+    run = batched.backend.run[1]
+    monkeypatch.setitem(batched.backend.run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
     idx, mask = pad(rows)
     with torch._dynamo.config.patch(error_on_recompile=True):
         out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
@@ -234,8 +234,8 @@ def test_a_compiled_batch_of_unequal_prompts(seed, monkeypatch):
 @compiling
 def test_prompt_lookup_through_compiled_steps(fast, seed, monkeypatch):
     model, copies = fast
-    calls, run = [], copies[None]._run[4]
-    monkeypatch.setitem(copies[None]._run, 4, lambda *args: calls.append(args[0].shape) or run(*args))
+    calls, run = [], copies[None].backend.run[4]
+    monkeypatch.setitem(copies[None].backend.run, 4, lambda *args: calls.append(args[0].shape) or run(*args))
     idx = prompt(6).repeat(1, 3)  # something to find
     got = generate_lookup(copies[None], idx, 40, draft=3)
     assert torch.equal(got.ids, greedy_slow(model, idx, 40)) and calls and set(calls) == {(1, 4)}
@@ -257,7 +257,7 @@ def test_a_large_batch_of_unequal_prompts_runs_uncompiled(model, compile):
     """More than a few rows: the products go through oneDNN's packed matrices."""
     rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
     batched = FastGPT(model, compile=compile, batch_size=12)
-    assert batched.lm_head.weight.is_mkldnn and not batched._run
+    assert batched.lm_head.weight.is_mkldnn and not (batched.backend and batched.backend.run)
     idx, mask = pad(rows)
     with torch.no_grad():
         want, got = model(idx, attention_mask=mask)[0], batched(idx, attention_mask=mask)[0]
@@ -335,8 +335,8 @@ def test_a_longer_window_changes_nothing(model, padded):
         for cache, S in ((exact, None), (wide, 50)):
             model(idx[:, :17], kv_cache=cache, attention_mask=mask[:, :17])
             for t in range(17, 20):
-                inputs, keys, values = step._inputs(idx[:, t : t + 1], cache, mask[:, : t + 1], S or t + 1)
-                got = step._step(*inputs, keys, values)[:, 0]
+                inputs = step_inputs(idx[:, t : t + 1], t, mask[:, : t + 1], S or t + 1)
+                got = step.step(*inputs, *windows(cache, S or t + 1))[:, 0]
                 assert (got - want[:, t]).abs().max() <= 3e-5
                 cache.advance(idx[:, t : t + 1])
 
@@ -353,4 +353,4 @@ def test_cuda_graphs_agree_with_the_plain_model(seed, padded):
         want = generate(model, idx.cuda(), 230, **options)
         assert torch.equal(generate(fast, idx.cuda(), 230, **options), want)
     gc.collect()
-    assert len(fast._recordings) == 0  # a graph goes with its cache
+    assert len(fast.backend.owners) == 0  # a graph goes with its cache
