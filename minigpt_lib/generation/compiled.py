@@ -14,7 +14,9 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,9 +252,9 @@ class Memory:
         self.cache = cache  # None: the tensors are somebody else's
         self.text = TextBuffers(B, n_ctx, most, device)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.recorded: dict[tuple, tuple] = {}
+        self.recorded: dict[tuple, Any] = {}
 
-    def recording(self, key: tuple, make: Callable[[], tuple]) -> tuple:
+    def recording(self, key: tuple, make: Callable[[], Any]) -> Any:
         """What `make` made for the key; the oldest of more than 32 go."""
         if key not in self.recorded:
             while len(self.recorded) >= 32:
@@ -353,6 +355,7 @@ class RecordedSteps:
         looks at the tokens once a replay and only where stop ids are given.
         """
         cache, options, T, end = plan.cache, plan.options, plan.T, plan.ids.size(1)
+        sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         memory = self.memory_of(cache)
         text, done = memory.text, torch.zeros_like(memory.text.done)
         kept, mask = cache.reuse(plan.ids[:, :T]), plan.mask
@@ -364,8 +367,9 @@ class RecordedSteps:
         while t < end:
             k = 1 << min(most, self.most, end - t).bit_length() - 1  # a power of two: few recordings
             S = bucket(t - 1 + k, cache.max_len)
-            key = (S, k, options.temperature, options.top_k, options.top_p, options.min_p)
-            run = memory.recording(key, lambda: (self.tokens(cache, memory, S, k, options),))[0]  # noqa: B023
+            key = (S, k, *sampling.values())
+            chosen = DecodeOptions(**sampling)  # without the cache, which must not outlive its owner
+            run = memory.recording(key, partial(self.tokens, cache, memory, S, k, chosen))
             if options.temperature > 0:
                 text.draw(options.generator)
             run()
