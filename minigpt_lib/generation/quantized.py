@@ -97,7 +97,8 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, head: PackedLinear, dtype: torch.dtype):
         super().__init__()
-        self.head, self.dtype = head, dtype
+        self.head = head
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows `.half()` and the like
 
     @property
     def weight(self) -> Tensor:
@@ -106,7 +107,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         rows = self.head.weight[idx]  # (..., C)
         rows = rows if self.head.scale is None else rows * self.head.scale[idx][..., None]
-        return rows.to(self.dtype)
+        return rows.to(self.like.dtype)
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #a7c31e90
 def into_huge_pages(layers: list[PackedLinear]) -> bool:
