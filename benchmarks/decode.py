@@ -25,10 +25,10 @@ from common import RESULTS, interleaved, machine, summary, write
 from transformers.utils import logging
 from workers import Worker
 
-from minigpt_lib.generation.compiled import FastGPT
+from minigpt_lib.generation.compiled import FastGPT, step_inputs, windows
 from minigpt_lib.generation.decode import generate, stream
 from minigpt_lib.generation.kv_cache import KVCache
-from minigpt_lib.generation.native import MOST, NativeGPT, _text
+from minigpt_lib.generation.native import MOST, NativeGPT, text_struct
 from minigpt_lib.generation.prompt_lookup import generate_lookup
 from minigpt_lib.generation.quantized import FEW
 from minigpt_lib.model.gpt import PRESETS, GPTConfig, GPTLanguageModel
@@ -299,9 +299,9 @@ def function_of(fast: FastGPT | NativeGPT, idx: torch.Tensor, cache: KVCache, S:
     """The compiled part of the step behind S tokens, its inputs ready."""
     cache.pos = S
     if isinstance(fast, FastGPT):
-        inputs, keys, values = fast._inputs(idx, cache, None, S + 1)
-        return lambda: fast._run[1](*inputs, keys, values)
-    text = _text(idx, cache, None, 1, fast.config.vocab_size)
+        inputs = (*step_inputs(idx, S, None, S + 1), *windows(cache, S + 1))
+        return lambda: fast.backend.run[1](*inputs)
+    text = text_struct(idx, cache, None, 1, fast.config.vocab_size)
     return lambda: fast._call(text)
 
 

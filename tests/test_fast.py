@@ -1,6 +1,12 @@
 """The fast paths against the plain model: packed layers, the compiled step, smaller weights, CUDA graphs."""
 
+import contextlib
 import gc
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +14,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from decoding import greedy_slow, one_by_one, pad, prompt, random_model, rounded
 
-from minigpt_lib.generation.compiled import FastGPT, bucket, cpp_compiler
-from minigpt_lib.generation.decode import generate, stream
+from minigpt_lib.generation.compiled import (
+    FastGPT,
+    RecordedSteps,
+    bucket,
+    cpp_compiler,
+    record,
+    step_inputs,
+    windows,
+)
+from minigpt_lib.generation.decode import generate, plan_decode, stream
 from minigpt_lib.generation.kv_cache import KVCache
 from minigpt_lib.generation.prompt_lookup import generate_lookup
-from minigpt_lib.generation.quantized import BLOCK, PackedLinear, quantize_int8
+from minigpt_lib.generation.quantized import BLOCK, PackedGPT, PackedLinear, quantize_int8
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.tuning.lora import add_lora, lora_disabled, merge_lora
 
@@ -86,6 +100,31 @@ def test_bucket():
     assert bucket(70, 100) == 100 and bucket(5, 40) == 40 and bucket(9, 1000, shortest=8) == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_int8_of_a_model_in_half_precision_is_as_exact(seed, dtype):
+    """In bfloat16, the largest weight of a row over its scale comes out as 128, which int8 turns into -128."""
+    w = torch.randn(2000, 60).to(dtype)
+    q, scale = quantize_int8(w)
+    assert scale.dtype == torch.float32 and (q.abs().amax(1) == 127).all() and q.min() >= -127
+    assert ((w.float() - scale[:, None] * q).abs() <= 0.5001 * scale[:, None]).all()
+    layer = nn.Linear(60, 2000).to(dtype)
+    x = torch.randn(3, 60).to(dtype)
+    small = PackedLinear(layer, "int8")
+    want = x.double() @ (small.weight.double() * small.scale.double()[:, None]).T + layer.bias.double()
+    assert small.scale.dtype == torch.float32 and small(x).dtype == dtype
+    assert (small(x).double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(seed):
+    """Near -95, where GPT-2's lie, a bfloat16 has steps of half a nat."""
+    model = random_model(SMALL).bfloat16()
+    idx = prompt(12)
+    for weights in FORMS:
+        fast = FastGPT(model, weights, compile=False)
+        logits = fast(idx)[0]
+        assert logits.dtype == torch.float32 and (logits != logits.bfloat16().float()).float().mean() > 0.9
+
+
 # ---- the model
 
 
@@ -152,6 +191,51 @@ def test_a_merged_adapter_is_part_of_the_weights(model):
         assert (fast(idx)[0] - base).abs().max() >= 0.1
 
 
+def test_inside_lora_disabled_it_is_made_of_the_base(model):
+    idx = prompt(12)
+    with torch.no_grad():
+        base = model(idx)[0]
+        add_lora(model, r=2)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.3)
+        with lora_disabled(model):  # not merged
+            assert (FastGPT(model, compile=False)(idx)[0] - base).abs().max() <= 3e-5
+        merge_lora(model)
+        with lora_disabled(model):
+            fast = FastGPT(model, compile=False)
+            assert (fast(idx)[0] - base).abs().max() <= 3e-5
+        assert (FastGPT(model, compile=False)(idx)[0] - base).abs().max() >= 0.1
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_the_weights_are_its_own_in_both_directions(model, weights):
+    idx = prompt(12)
+    fast = FastGPT(model, weights, compile=False)
+    pointers = {t.data_ptr() for t in (*fast.parameters(), *fast.buffers()) if not t.is_mkldnn}
+    assert not pointers & {p.data_ptr() for p in model.parameters()}
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with torch.no_grad():
+        want = fast(idx)[0]
+        for p in model.parameters():
+            p.add_(1)
+        assert torch.equal(fast(idx)[0], want)
+        for p in model.parameters():
+            p.sub_(1)
+    plain = PackedGPT(model, weights)
+    plain.load_state_dict({name: torch.zeros_like(t) for name, t in plain.state_dict().items()})
+    plain.half()
+    for name, p in model.state_dict().items():
+        assert p.dtype == torch.float32 and (p - before[name]).abs().max() <= 1e-6, name
+
+
+def test_it_has_no_dropout_whatever_happens(model):
+    idx, fast = prompt(9), FastGPT(model, compile=False)
+    with torch.no_grad():
+        want = fast(idx)[0]
+        assert torch.equal(fast.train()(idx)[0], want) and not fast.training
+
+
 def test_without_a_compiler_it_says_so_and_how_to_go_on(model, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
@@ -207,8 +291,8 @@ def test_nothing_is_compiled_again_while_decoding(fast, seed):
 @compiling
 def test_the_compiled_path_is_the_one_that_runs(fast, seed, monkeypatch):
     model, copies = fast
-    calls, run = [], copies[None]._run[1]
-    monkeypatch.setitem(copies[None]._run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
+    calls, run = [], copies[None].backend.run[1]
+    monkeypatch.setitem(copies[None].backend.run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
     generate(copies[None], prompt(5), 6, temperature=0)
     assert calls == [(1, 1)] * 5  # the first token comes out of the prefill
     calls.clear()
@@ -221,8 +305,8 @@ def test_a_compiled_batch_of_unequal_prompts(seed, monkeypatch):
     model, calls = random_model(SMALL), []
     rows = [prompt(9), prompt(1), prompt(30), prompt(17)]
     batched = FastGPT(model, batch_size=4)
-    run = batched._run[1]
-    monkeypatch.setitem(batched._run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
+    run = batched.backend.run[1]
+    monkeypatch.setitem(batched.backend.run, 1, lambda *args: calls.append(args[0].shape) or run(*args))
     idx, mask = pad(rows)
     with torch._dynamo.config.patch(error_on_recompile=True):
         out = generate(batched, idx, 25, temperature=0, attention_mask=mask)
@@ -234,8 +318,8 @@ def test_a_compiled_batch_of_unequal_prompts(seed, monkeypatch):
 @compiling
 def test_prompt_lookup_through_compiled_steps(fast, seed, monkeypatch):
     model, copies = fast
-    calls, run = [], copies[None]._run[4]
-    monkeypatch.setitem(copies[None]._run, 4, lambda *args: calls.append(args[0].shape) or run(*args))
+    calls, run = [], copies[None].backend.run[4]
+    monkeypatch.setitem(copies[None].backend.run, 4, lambda *args: calls.append(args[0].shape) or run(*args))
     idx = prompt(6).repeat(1, 3)  # something to find
     got = generate_lookup(copies[None], idx, 40, draft=3)
     assert torch.equal(got.ids, greedy_slow(model, idx, 40)) and calls and set(calls) == {(1, 4)}
@@ -257,7 +341,7 @@ def test_a_large_batch_of_unequal_prompts_runs_uncompiled(model, compile):
     """More than a few rows: the products go through oneDNN's packed matrices."""
     rows = [prompt(9), prompt(1), prompt(30), prompt(17)] * 3
     batched = FastGPT(model, compile=compile, batch_size=12)
-    assert batched.lm_head.weight.is_mkldnn and not batched._run
+    assert batched.lm_head.weight.is_mkldnn and not (batched.backend and batched.backend.run)
     idx, mask = pad(rows)
     with torch.no_grad():
         want, got = model(idx, attention_mask=mask)[0], batched(idx, attention_mask=mask)[0]
@@ -275,6 +359,33 @@ def test_any_number_of_copies_can_be_compiled(seed):
             model = random_model(GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=1, n_head=4))
             idx = prompt(9)
             assert torch.equal(generate(FastGPT(model), idx, 9, temperature=0), greedy_slow(model, idx, 9))
+
+
+@compiling
+def test_any_number_on_a_torch_that_counts_per_code_object(seed, monkeypatch):
+    """Before 2.13 torch.compile can't be told to keep models apart: each step must be a code object of its own."""
+    real, codes = torch.compile, []
+
+    def older(model, *, fullgraph, dynamic, options):
+        codes.append(model.__code__)
+        return real(model, fullgraph=fullgraph, dynamic=dynamic, options=options)
+
+    monkeypatch.setattr(torch, "compile", older)
+    config = GPTConfig(vocab_size=71, n_ctx=64, n_embd=32, n_layer=1, n_head=4)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(3):
+            model, idx = random_model(config), prompt(9)
+            assert torch.equal(generate(FastGPT(model), idx, 9, temperature=0), greedy_slow(model, idx, 9))
+    assert len({id(code) for code in codes}) == 3
+
+
+@compiling
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows keeps folders apart by itself")
+def test_a_cache_that_others_may_write_to_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.raises(RuntimeError, match="other users may write .*chmod go-w .*TORCHINDUCTOR_CACHE_DIR"):
+        FastGPT(model)
 
 
 @compiling
@@ -335,10 +446,172 @@ def test_a_longer_window_changes_nothing(model, padded):
         for cache, S in ((exact, None), (wide, 50)):
             model(idx[:, :17], kv_cache=cache, attention_mask=mask[:, :17])
             for t in range(17, 20):
-                inputs, keys, values = step._inputs(idx[:, t : t + 1], cache, mask[:, : t + 1], S or t + 1)
-                got = step._step(*inputs, keys, values)[:, 0]
+                inputs = step_inputs(idx[:, t : t + 1], t, mask[:, : t + 1], S or t + 1)
+                got = step.step(*inputs, *windows(cache, S or t + 1))[:, 0]
                 assert (got - want[:, t]).abs().max() <= 3e-5
                 cache.advance(idx[:, t : t + 1])
+
+
+# ---- recorded steps, which run unrecorded on a CPU
+
+
+@pytest.fixture
+def recorded(model) -> FastGPT:
+    fast = FastGPT(model, compile=False)
+    fast.backend = RecordedSteps(fast)  # what it has on a GPU
+    return fast
+
+
+def decoded(fast: FastGPT, idx: torch.Tensor, new: int, first: int | None = None, **options) -> tuple:
+    """The text and the sizes of the replays that wrote it."""
+    cache = options.pop("kv_cache", None) or fast.new_cache(idx.size(0), min(idx.size(1) + new, 64))
+    plan = plan_decode(fast, idx, new, kv_cache=cache, **options)
+    sizes = [part.size(1) for part in fast.decode(plan, first)]
+    return plan.ids[:, : idx.size(1) + sum(sizes)], sizes
+
+
+@pytest.mark.parametrize(("T", "new"), [(1, 60), (2, 17), (31, 33), (9, 1)])
+@pytest.mark.parametrize("B", [1, 3])
+def test_several_tokens_a_replay_are_the_same_tokens(model, recorded, T, new, B):
+    idx = prompt(T, B)
+    want = greedy_slow(model, idx, new)
+    text, sizes = decoded(recorded, idx, new, temperature=0)
+    assert torch.equal(text, want) and sum(sizes) == new and sizes[0] == max(k for k in (1, 2, 4, 8, 16) if k <= new)
+    text, sizes = decoded(recorded, idx, new, first=1, temperature=0)
+    assert torch.equal(text, want)
+    if new >= 15:
+        assert sizes[:4] == [1, 2, 4, 8]
+
+
+def test_the_memory_and_its_recordings_stay_with_the_model(recorded):
+    idx = prompt(5)
+    first = decoded(recorded, idx, 40, temperature=0)[0]
+    gc.collect()
+    made = recorded.backend.recordings
+    places = {memory.cache.keys.data_ptr() for kept in recorded.backend.free.values() for memory in kept}
+    for _ in range(3):
+        cache = recorded.new_cache(1, 45)
+        assert cache.keys.data_ptr() in places and cache.pos == 0
+        assert torch.equal(decoded(recorded, idx, 40, temperature=0, kv_cache=cache)[0], first)
+        del cache
+        gc.collect()
+    assert made > 0 and recorded.backend.recordings == made
+
+
+def test_two_texts_at_once_have_a_cache_each(model, recorded):
+    one, two = recorded.new_cache(1, 30), recorded.new_cache(1, 30)
+    assert one.keys.data_ptr() != two.keys.data_ptr()
+    prompts = [prompt(6), prompt(6)]
+    plans = [plan_decode(recorded, idx, 20, temperature=0, kv_cache=cache)
+             for idx, cache in zip(prompts, (one, two), strict=True)]  # fmt: skip
+    running = [recorded.decode(plan, 1) for plan in plans]
+    for parts in zip(*running, strict=True):  # in turn
+        assert len(parts) == 2
+    for plan, idx in zip(plans, prompts, strict=True):
+        assert torch.equal(plan.ids, greedy_slow(model, idx, 20))
+
+
+def test_one_step_at_a_time_through_the_same_recordings(model, recorded):
+    idx = prompt(30, 2)
+    cache = recorded.new_cache(2, 30)
+    with torch.inference_mode():
+        rows = [recorded(part, kv_cache=cache)[0] for part in (idx[:, :5], *idx[:, 5:].split(1, dim=1))]
+        want = model(idx)[0]
+    assert (torch.cat(rows, 1) - want).abs().max() <= 3e-5
+    assert recorded.backend.recordings == 1  # one bucket, one shape
+
+
+def test_a_step_follows_padding_and_a_longer_window(model, recorded):
+    rows = [prompt(9), prompt(1), prompt(20)]
+    idx, mask = pad(rows)
+    cache = recorded.new_cache(3, 60)
+    cache.keys.normal_()  # what stands behind the text must not matter
+    plan = plan_decode(recorded, idx, 30, temperature=0, attention_mask=mask)
+    plan.cache = cache
+    list(recorded.decode(plan))
+    for row, alone in zip(plan.ids, rows, strict=True):
+        assert torch.equal(row[20:], generate(model, alone, 30, temperature=0)[0, alone.size(1) :])
+
+
+@pytest.mark.parametrize("first", [1, 16])
+@pytest.mark.parametrize("place", [0, 3, 10])
+def test_stop_ids_end_it_in_the_middle_of_a_replay(model, recorded, place, first):
+    idx = prompt(6, 2)
+    free = greedy_slow(model, idx, 30)
+    stops = [int(free[0, 6 + place]), int(free[1, 8])]
+    want = generate(model, idx, 30, temperature=0, stop_ids=stops)
+    cache = recorded.new_cache(2, 36)
+    text, _ = decoded(recorded, idx, 30, first, temperature=0, stop_ids=stops, kv_cache=cache)
+    assert torch.equal(text, want)
+    assert cache.pos == text.size(1) - 1 and torch.equal(cache.ids[:, : cache.pos], text[:, : cache.pos])
+
+
+def test_draws_are_those_of_the_uniform_numbers(model, recorded):
+    """Each token is the first whose summed probability exceeds the generator's number: computed here one by one."""
+    idx, options = prompt(5), {"temperature": 0.8, "top_k": 9}
+    text, _ = decoded(recorded, idx, 16, generator=torch.Generator().manual_seed(3), **options)
+    u = torch.rand(16, 1, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits = model(text)[0][0, 4:-1] / 0.8  # (16, V)
+    kept = logits.masked_fill(logits < logits.topk(9).values[:, -1:], -torch.inf).softmax(-1)
+    want = (kept.cumsum(-1) <= u).sum(-1)
+    assert torch.equal(text[0, 5:], want)
+    again, _ = decoded(recorded, idx, 16, generator=torch.Generator().manual_seed(3), **options)
+    other, _ = decoded(recorded, idx, 16, generator=torch.Generator().manual_seed(4), **options)
+    assert torch.equal(again, text) and not torch.equal(other, text)
+
+
+def test_what_it_does_not_know_goes_step_by_step(model, recorded):
+    idx = prompt(5)
+    for options in ({"repetition_penalty": 1.3}, {"use_cache": False}, {"stop_ids": range(9)}):
+        assert recorded.decode(plan_decode(recorded, idx, 9, temperature=0, **options)) is None
+    long = plan_decode(recorded, idx, 80, temperature=0, beyond="slide")
+    assert recorded.decode(long) is None
+
+
+class FakeGraph:
+    """CUDA's graphs as far as `record` uses them; it notes who records and refuses two at once."""
+
+    def __init__(self):
+        self.recording, self.log = threading.Lock(), []
+
+    def graph(self, graph, *, pool=None, capture_error_mode="global"):
+        @contextlib.contextmanager
+        def capture():
+            assert self.recording.acquire(blocking=False), "operation not permitted when stream is capturing"
+            self.log.append((torch.device("cuda", self.device), pool, capture_error_mode))
+            time.sleep(0.01)
+            yield
+            self.recording.release()
+
+        return capture()
+
+    @contextlib.contextmanager
+    def guard(self, device):
+        self.device = torch.device(device).index
+        yield
+
+    def install(self, monkeypatch):
+        nothing = SimpleNamespace(wait_stream=lambda other: None, replay=lambda: None)
+        fakes = {"graph": self.graph, "device": self.guard, "CUDAGraph": lambda: nothing, "Stream": lambda: nothing,
+                 "current_stream": lambda: nothing, "stream": lambda s: contextlib.nullcontext()}  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_recordings_wait_for_each_other_and_name_their_device(monkeypatch):
+    """Two at once end both with an error, and so does one on another device than the current one."""
+    fake, state, runs = FakeGraph(), torch.zeros(1), []
+    fake.install(monkeypatch)
+
+    def run() -> None:
+        runs.append(1)
+        state.add_(1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: record(run, [state], torch.device("cuda", 1), pool="memory"), range(8)))
+    assert fake.log == [(torch.device("cuda", 1), "memory", "thread_local")] * 8 and len(runs) == 24
+    assert state.item() == 8  # each put back what its first runs had changed; recording itself computes nothing
 
 
 @on_gpu
@@ -353,4 +626,4 @@ def test_cuda_graphs_agree_with_the_plain_model(seed, padded):
         want = generate(model, idx.cuda(), 230, **options)
         assert torch.equal(generate(fast, idx.cuda(), 230, **options), want)
     gc.collect()
-    assert len(fast._recordings) == 0  # a graph goes with its cache
+    assert len(fast.backend.owners) == 0  # a graph goes with its cache

@@ -18,7 +18,7 @@ from minigpt_lib.generation.kv_cache import KVCache, prefill
 from minigpt_lib.generation.native import MOST, NativeGPT, compile_step
 from minigpt_lib.generation.prompt_lookup import generate_lookup
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
-from minigpt_lib.tuning.lora import add_lora, merge_lora
+from minigpt_lib.tuning.lora import add_lora, lora_disabled, merge_lora
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler was found")
 FORMS = [None, "bfloat16", "int8"]
@@ -223,14 +223,48 @@ def test_tensors_that_it_points_to_outlive_the_model(model):
 def test_other_types_later_do_not_reach_the_addresses(model, monkeypatch):
     fast = NativeGPT(model)
     calls = counted(fast, monkeypatch)
-    model.bfloat16()  # changes the parameters that both share
+    idx = prompt(3)
+    want = greedy_slow(model, idx, 9)
+    model.bfloat16()  # the copy's weights are its own
+    assert torch.equal(generate(fast, idx, 9, temperature=0), want) and calls
+    calls.clear()
+    fast.bfloat16()  # the copy itself: from here on PyTorch computes, in bfloat16
     cache = KVCache.for_model(fast)
     assert cache.keys.dtype == torch.bfloat16
-    with pytest.raises(RuntimeError):  # PyTorch's own words: the copy's matrices are still float32
-        fast(prompt(3), kv_cache=cache)
+    fast(prompt(3), kv_cache=cache)
     with pytest.raises(ValueError, match="kv_cache is torch.float32, the model torch.bfloat16"):
         fast(prompt(3), kv_cache=KVCache(model.config))
     assert not calls
+
+
+def change(fast: NativeGPT, how: str) -> None:
+    if how == "half":
+        fast.half()
+    else:
+        fast.load_state_dict({name: torch.zeros_like(t) for name, t in fast.state_dict().items()})
+
+
+@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("how", ["half", "load_state_dict"])
+def test_what_is_done_to_the_copy_does_not_reach_the_model(model, weights, how):
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    change(NativeGPT(model, weights), how)
+    for name, p in model.state_dict().items():
+        assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
+
+
+def test_inside_lora_disabled_it_is_made_of_the_base(model):
+    idx = prompt(12)
+    base = greedy_slow(model, idx, 20)
+    add_lora(model, r=2)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    merge_lora(model)
+    assert not torch.equal(greedy_slow(model, idx, 20), base)
+    with lora_disabled(model):
+        fast = NativeGPT(model)
+    assert torch.equal(generate(fast, idx, 20, temperature=0), base)
 
 
 def test_bad_requests(model):
@@ -293,6 +327,48 @@ def test_compiling_at_the_same_time(elsewhere):
     with ThreadPoolExecutor(3) as pool:
         paths = set(pool.map(lambda _: compile_step(), range(3)))
     assert len(paths) == 1 and ctypes.CDLL(str(paths.pop())).step_int8
+
+
+OTHERS = 1234  # a user who is neither this one nor root
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows keeps folders apart by itself")
+@pytest.mark.parametrize("planted", ["folder", "library"])
+@pytest.mark.parametrize("how", ["owner", "mode"])
+def test_code_that_another_user_could_have_put_there_is_not_loaded(elsewhere, planted, how, model, monkeypatch):
+    path = compile_step()
+    place = path.parent if planted == "folder" else path
+    if how == "mode":
+        place.chmod(0o777)
+    elif os.getuid() == 0:
+        os.chown(place, OTHERS, -1)
+    else:
+        pytest.skip("only root can give a file away")
+    loaded = []
+    monkeypatch.setattr(native, "_library", loaded.append)
+    with pytest.raises(RuntimeError, match=r"(belongs to another user|other users may write).*MINIGPT_CACHE"):
+        NativeGPT(model)
+    assert not loaded
+    if how == "mode":  # the way out that it names
+        place.chmod(0o700)
+        assert compile_step() == path
+
+
+@pytest.mark.parametrize("variable", ["MINIGPT_CACHE", "HOME"])
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, model, monkeypatch, variable):
+    (tmp_path / "file").write_text("not a folder")
+    for name in ("MINIGPT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
+    with pytest.raises(RuntimeError, match="can't be made .*set MINIGPT_CACHE to a folder of your own"):
+        NativeGPT(model)
+
+
+def test_the_module_needs_no_hub():
+    """A folder's name is no reason to import what downloads."""
+    source = Path(native.__file__).read_text("utf-8")
+    assert "hub" not in source and "weights" not in [word for line in source.splitlines() if "import" in line
+                                                     for word in line.replace(".", " ").split()]  # fmt: skip
 
 
 def test_without_a_compiler_it_says_so(model, monkeypatch):

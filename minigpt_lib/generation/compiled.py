@@ -3,35 +3,38 @@
 # %% ../../notebooks/06c_fast_decoding.ipynb #c5f5fb58
 from __future__ import annotations
 
+import getpass
 import inspect
 import os
+import shlex
 import shutil
+import tempfile
+import threading
 import time
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from .decode import check_cache
-from .kv_cache import KVCache
-from minigpt_lib.generation.quantized import (  # written further down
-    FEW,
-    PackedEmbedding,
-    PackedLinear,
-    _into_huge_pages,
-)
-from ..model.attention import causal_mask
-from ..model.gpt import GPTLanguageModel, check_input, padding_mask
+from .decode import DecodeOptions, DecodePlan
+from .kv_cache import KVCache, prefill
+from .quantized import FEW, PackedGPT, check_weights  # written further down
+from .sampling import filter_logits
+from ..model.gpt import GPTLanguageModel
 
 # %% auto #0
-__all__ = ['bucket', 'cpp_compiler', 'FastGPT']
+__all__ = ['Window', 'step_of', 'step_inputs', 'windows', 'cpp_compiler', 'need_cpp_compiler', 'own_code', 'own_folder',
+           'check_own', 'CompiledSteps', 'bucket', 'record', 'choose', 'TextBuffers', 'Memory', 'RecordedSteps',
+           'FastGPT']
 
-# %% ../../notebooks/06c_fast_decoding.ipynb #33bd1ffd
-class _Window:
-    """A `KVStore` over windows of a static cache: new keys and values go to `places`, which is a tensor."""
+# %% ../../notebooks/06c_fast_decoding.ipynb #0e6bf206
+class Window:
+    """What attention uses of a `KVStore`, over windows of a static cache: keys and values go to `places` (T,)."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], places: Tensor):
         self.keys, self.values, self.places = keys, values, places
@@ -41,74 +44,34 @@ class _Window:
         self.values[layer].index_copy_(2, self.places, v)
         return self.keys[layer], self.values[layer]
 
-# %% ../../notebooks/06c_fast_decoding.ipynb #2778cb24
-def bucket(length: int, longest: int, shortest: int = 64) -> int:
-    """The window for `length` positions: the smallest power of two times `shortest` that holds them, or `longest`."""
-    size = shortest
-    while size < length:
-        size *= 2
-    return min(size, longest)
+# %% ../../notebooks/06c_fast_decoding.ipynb #1a5567d7
+def step_of(
+    model: GPTLanguageModel, idx: Tensor, pos: Tensor, texts: Tensor, keys: list[Tensor], values: list[Tensor]
+) -> Tensor:
+    """Logits (B, T, V) of the new tokens idx (B, T) as a function of tensors; the table above says what they are."""
+    places = pos + torch.arange(idx.size(1), device=idx.device)  # (T,)
+    place = torch.arange(texts.size(1), device=idx.device)  # (S,)
+    itself = place == places[:, None]  # (T, S): without it, rows of padding would be empty and give NaN
+    own, all_texts = texts[:, places][..., None], texts[:, None]  # (B, T, 1), (B, 1, S)
+    mask = (place <= places[:, None]) & (own == all_texts) & (all_texts != 0) | itself  # (B, T, S)
+    x = model.wte(idx) + model.wpe(mask.sum(-1) - 1)  # (B, T, C)
+    window = Window(keys, values, places)
+    for i, block in enumerate(model.h):
+        x = block(x, mask[:, None], window, i)
+    return model.lm_head(model.ln_f(x))
 
-# %% ../../notebooks/06c_fast_decoding.ipynb #b8dbfbf8
-class _PackedGPT(GPTLanguageModel):
-    """A model with packed linear layers around the LayerNorms, positions and dtype of another."""
+# %% ../../notebooks/06c_fast_decoding.ipynb #cc26f973
+def step_inputs(idx: Tensor, pos: int, attention_mask: Tensor | None, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """idx (B, T), pos (1,) and texts (B, S), copied: every call then has the same types and strides."""
+    B, end = idx.size(0), pos + idx.size(1)
+    texts = torch.zeros(B, S, dtype=torch.int64, device=idx.device)  # places behind the text are not seen
+    texts[:, :end] = 1 if attention_mask is None else attention_mask
+    return idx.to(torch.int64, copy=True, memory_format=torch.contiguous_format), texts.new_full((1,), pos), texts
 
-    def __init__(self, model: GPTLanguageModel, weights: str | None, *, packed: bool):
-        with torch.device("meta"):
-            super().__init__(model.config)
-        for name, layer in list(self.named_modules()):
-            theirs, (path, _, child) = model.get_submodule(name), name.rpartition(".")
-            if isinstance(layer, nn.Linear):
-                setattr(self.get_submodule(path), child, PackedLinear(theirs, weights, packed=packed))
-            else:
-                for kind, parameter in theirs.named_parameters(recurse=False):
-                    setattr(layer, kind, parameter)
-        if not packed:  # in oneDNN's order nobody can look up a row
-            self.wte = PackedEmbedding(self.lm_head, model.wpe.weight.dtype)
-            _into_huge_pages([layer for layer in self.modules() if isinstance(layer, PackedLinear)])
-        self.eval()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights, each counted once."""
-        held = {id(t) if t.is_mkldnn else t.data_ptr(): t for t in (*self.parameters(), *self.buffers())}
-        return sum(t.numel() * t.element_size() for t in held.values())
-
-# %% ../../notebooks/06c_fast_decoding.ipynb #c7749da1
-class _SteppingGPT(_PackedGPT):
-    """Sends what `_is_step` accepts through `_run_step`, both of a subclass, the rest through the inherited code."""
-
-    # `_is_step(idx, cache)` says whether `_run_step` can take idx (B, T), and `_run_step(idx, cache, attention_mask,
-    # wanted)` gives the logits (B, wanted, V) behind its last tokens and puts their keys and values into the cache
-
-    @torch.inference_mode()
-    def _decode(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
-        """One step, its request checked; logits (B, wanted, V) of the last tokens."""
-        check_input(idx, self.config, cache.pos, attention_mask)
-        end = cache.pos + idx.size(1)
-        cache.check_room(idx.size(0), end)
-        check_cache(cache, self, idx.size(0), end)
-        logits = self._run_step(idx, cache, attention_mask, wanted)
-        cache.advance(idx)
-        return logits
-
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        kv_cache: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if targets is None and self._is_step(idx, kv_cache):
-            return self._decode(idx, kv_cache, attention_mask, idx.size(1)), None
-        return super().forward(idx, targets, kv_cache, attention_mask)
-
-    def last_logits(
-        self, idx: Tensor, kv_cache: KVCache | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        if self._is_step(idx, kv_cache):
-            return self._decode(idx, kv_cache, attention_mask, 1)[:, -1]
-        return super().last_logits(idx, kv_cache, attention_mask)
+def windows(cache: KVCache, S: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The first S places of a cache, n_layer × (B, nh, S, hs), keys and values."""
+    return [k[:, :, :S] for k in cache.keys], [v[:, :, :S] for v in cache.values]
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #175007bf
 def cpp_compiler() -> str | None:
@@ -117,7 +80,7 @@ def cpp_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def _compiler_for(what: str, otherwise: str) -> str:
+def need_cpp_compiler(what: str, otherwise: str) -> str:
     """Its path. Raises RuntimeError, with a way out, where there is none."""
     if (compiler := cpp_compiler()) is None:
         raise RuntimeError(
@@ -127,15 +90,304 @@ def _compiler_for(what: str, otherwise: str) -> str:
         )
     return compiler
 
+# %% ../../notebooks/06c_fast_decoding.ipynb #f652600f
+def own_code(function: types.FunctionType) -> types.FunctionType:
+    """A twin of the function with a code object of its own: torch counts compilations per code object, up to eight."""
+    f = function
+    return types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #f65881d1
+def own_folder(path: Path, variable: str) -> Path:
+    """The folder, made if need be: code is loaded from it, so it must be this user's and writable by nobody else.
+
+    Raises RuntimeError, naming the environment variable that chooses another one, where it is not or can't be made.
+    """
+    otherwise = f"set {variable} to a folder of your own"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RuntimeError(f"{path} can't be made ({error.strerror}): {otherwise}") from error
+    check_own(path, otherwise)
+    return path
+
+
+def check_own(path: Path, otherwise: str) -> None:
+    """Raise RuntimeError if a user other than this one or root owns the file or folder, or may write to it."""
+    if hasattr(os, "getuid"):  # Windows keeps a user's folders apart by itself
+        found = path.stat()
+        if found.st_uid not in (os.getuid(), 0):
+            raise RuntimeError(f"{path} belongs to another user, whose code is not run: {otherwise}")
+        if found.st_mode & 0o022:
+            way_out = f"chmod go-w {shlex.quote(str(path))}, or {otherwise}"
+            raise RuntimeError(f"other users may write to {path}, so code from there is not run: {way_out}")
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #29c66715
+class CompiledSteps:
+    """Steps of `batch_size` texts and T tokens on a CPU through `torch.compile`, one function for each T in `rows`."""
+
+    def __init__(self, model: PackedGPT, batch_size: int, rows: tuple[int, ...]):
+        default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # torch's own choice
+        own_folder(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default), "TORCHINDUCTOR_CACHE_DIR")
+        self.batch_size = batch_size
+        self.run = {T: self.compile(model, T) for T in rows}
+
+    def compile(self, model: PackedGPT, T: int) -> Callable[..., Tensor]:
+        # 0: the input of a product is computed once and stored; inlined, each of its rows would compute it again
+        options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False}
+        apart = {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on: compiled for one
+            apart["isolate_recompiles"] = True  # model and one T alone; `checked_step` looks at what else could differ
+            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+        step = own_code(step_of)
+        run = torch.compile(step, fullgraph=True, dynamic=False, options=options, **apart)
+        cache = KVCache.for_model(model, self.batch_size)
+        pos = min(7, cache.max_len - T)
+        with torch.inference_mode():
+            idx, at, texts = step_inputs(torch.zeros(self.batch_size, T, dtype=torch.int64), pos, None, pos + T)
+            keys, values = windows(cache, pos + T)
+            for t in (*keys, *values):
+                torch._dynamo.mark_dynamic(t, 2)
+            torch._dynamo.mark_dynamic(texts, 1)
+            run(model, idx, at, texts, keys, values)
+        return lambda *inputs: run(model, *inputs)
+
+    def takes(self, B: int, T: int) -> bool:
+        return T in self.run and self.batch_size == B
+
+    def __call__(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None) -> Tensor:
+        """Logits (B, T, V); the window is exactly as long as the text."""
+        end = cache.pos + idx.size(1)
+        return self.run[idx.size(1)](*step_inputs(idx, cache.pos, attention_mask, end), *windows(cache, end))
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #2778cb24
+def bucket(length: int, longest: int, shortest: int = 64) -> int:
+    """The window for `length` positions: the smallest power of two times `shortest` that holds them, or `longest`."""
+    size = shortest
+    while size < length:
+        size *= 2
+    return min(size, longest)
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #29c66714
+_ONE_AT_A_TIME = threading.Lock()  # CUDA refuses two recordings at once
+
+
+def record(
+    run: Callable[[], None], state: list[Tensor], device: torch.device, pool: object = None
+) -> Callable[[], None]:
+    """`run` as a CUDA graph; what is returned repeats it on the same tensors. On a CPU it is `run` itself.
+
+    state: what `run` changes and must not have changed when this returns. pool: memory that recordings may share if
+    they never run at the same time.
+    """
+    if device.type != "cuda":
+        return run
+    with _ONE_AT_A_TIME, torch.cuda.device(device):
+        before = [t.clone() for t in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in the first runs, which must not be recorded
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        for t, old in zip(state, before, strict=True):
+            t.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": what another thread allocates meanwhile is none of this recording's business
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            run()
+    return graph.replay
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #cd14cd02
+def choose(logits: Tensor, options: DecodeOptions, u: Tensor) -> Tensor:
+    """The next ids (B,) from logits (B, V): the largest, or drawn with one uniform number u (B,) for each row.
+
+    The draw takes the first id at which the sum of the probabilities so far exceeds u: no wait for the host.
+    """
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    kept = filter_logits(logits.float(), options.temperature, options.top_k, options.top_p, options.min_p)
+    sums = kept.softmax(-1).cumsum(-1)  # (B, V)
+    return (sums <= u[:, None] * sums[:, -1:]).sum(-1).clamp(max=logits.size(-1) - 1)
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #d7a1502b
+class TextBuffers:
+    """What a recorded run of steps reads and writes, at fixed addresses, for B texts of at most n_ctx + 1 tokens."""
+
+    def __init__(self, B: int, n_ctx: int, most: int, device: torch.device):
+        whole = {"dtype": torch.int64, "device": device}
+        self.ids = torch.zeros(B, n_ctx + 1, **whole)
+        self.texts = torch.zeros(B, n_ctx, **whole)  # 0 is padding; see the table above
+        self.pos = torch.zeros(1, **whole)  # the place of the token that goes in next
+        self.done = torch.zeros(B, dtype=torch.bool, device=device)
+        self.stops = torch.full((8,), -1, **whole)
+        self.u = torch.zeros(most, B, device=device)  # a uniform number for each token that is drawn
+
+    def load(self, plan: DecodePlan) -> None:
+        self.ids[:, : plan.T] = plan.ids[:, : plan.T]
+        self.texts.fill_(1)
+        if plan.mask is not None:
+            self.texts[:, : plan.T] = plan.mask[:, : plan.T]
+        self.pos.fill_(plan.T - 1)
+        self.done.fill_(False)
+        self.stops.fill_(-1)
+        self.stops[: len(plan.stop_ids)] = plan.stop_ids
+
+    def draw(self, generator: torch.Generator | None) -> None:
+        """New uniform numbers, made where the generator lives."""
+        device = self.u.device if generator is None else generator.device
+        self.u.copy_(torch.rand(self.u.shape, generator=generator, device=device))
+
+    def advance(self, new: Tensor, token: Tensor) -> None:
+        """Write the ids new (B,) behind token (B, 1); a row that has produced a stop id repeats it."""
+        new = torch.where(self.done, token[:, 0], new)
+        self.done |= (new[:, None] == self.stops).any(-1)
+        self.pos += 1
+        self.ids.index_copy_(1, self.pos, new[:, None])
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #fdf68b07
+class Memory:
+    """Keys and values of a batch for the life of a model, the buffers beside them, and what was recorded on them."""
+
+    def __init__(self, B: int, n_ctx: int, most: int, device: torch.device, cache: KVCache | None = None):
+        self.cache = cache  # None: the tensors are somebody else's
+        self.text = TextBuffers(B, n_ctx, most, device)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.recorded: dict[tuple, Any] = {}
+
+    def recording(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` made for the key; the oldest of more than 32 go."""
+        if key not in self.recorded:
+            while len(self.recorded) >= 32:
+                del self.recorded[next(iter(self.recorded))]
+            self.recorded[key] = make()
+        return self.recorded[key]
+
+# %% ../../notebooks/06c_fast_decoding.ipynb #89958e75
+class RecordedSteps:
+    """Steps of a model as CUDA graphs: one token at a time for any caller, or up to `most` tokens in one replay.
+
+    The caches that `new_cache` hands out lie in memory that stays with the model, and so do the recordings on it. A
+    piece of memory is handed out again when nobody holds its cache any more. On a CPU the same code runs unrecorded.
+    """
+
+    def __init__(self, model: PackedGPT, rows: tuple[int, ...] = (1,), most: int = 16):
+        self.model, self.rows, self.most, self.lock = weakref.proxy(model), rows, most, threading.Lock()
+        self.free: dict[tuple[int, int], list[Memory]] = {}
+        self.owners: weakref.WeakKeyDictionary[KVCache, Memory] = weakref.WeakKeyDictionary()
+        self.recordings = 0  # made so far
+
+    def new_cache(self, B: int, length: int) -> KVCache:
+        """An empty cache of B texts with room for at least `length` tokens, in memory used before if any is free."""
+        size = bucket(length, self.model.config.n_ctx)
+        with self.lock:
+            kept = self.free.setdefault((B, size), [])
+            memory = kept.pop() if kept else self.memory(B, KVCache.for_model(self.model, B, size))
+        cache = KVCache.__new__(KVCache)
+        cache.__dict__.update(memory.cache.__dict__)  # the same tensors, a pointer of its own
+        cache.pos = 0
+        self.owners[cache] = memory
+        weakref.finalize(cache, kept.append, memory).atexit = False
+        return cache
+
+    def memory(self, B: int, cache: KVCache | None) -> Memory:
+        weight = self.model.wpe.weight
+        return Memory(B, self.model.config.n_ctx, self.most, weight.device, cache)
+
+    def memory_of(self, cache: KVCache) -> Memory:
+        """The memory behind a cache; one that the caller made itself is recorded on for as long as it lives."""
+        with self.lock:
+            if cache not in self.owners:
+                self.owners[cache] = self.memory(cache.keys.size(1), None)
+            return self.owners[cache]
+
+    def takes(self, B: int, T: int) -> bool:
+        return T in self.rows
+
+    def __call__(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None) -> Tensor:
+        """Logits (B, T, V) of one step, from a recording for its shape and bucket."""
+        S = bucket(cache.pos + idx.size(1), cache.max_len)
+        memory, given = self.memory_of(cache), step_inputs(idx, cache.pos, attention_mask, S)
+
+        def make() -> tuple:
+            inputs, out, (keys, values) = [t.clone() for t in given], [], windows(cache, S)
+
+            def run() -> None:
+                logits = self.model.step(*inputs, keys, values)
+                if not out:
+                    out.append(torch.empty_like(logits))
+                out[0].copy_(logits)
+
+            self.recordings += 1
+            if idx.is_cuda:
+                run()  # so that what the recording writes into is not part of its pool
+            return record(run, [], idx.device, memory.pool), inputs, out
+
+        replay, inputs, out = memory.recording((idx.shape, S), make)
+        for mine, theirs in zip(inputs, given, strict=True):
+            mine.copy_(theirs)
+        replay()
+        return out[0].clone()  # the next replay writes over it
+
+    def tokens(self, cache: KVCache, memory: Memory, S: int, k: int, options: DecodeOptions) -> Callable[[], None]:
+        """k tokens as one recording: each reads at `pos` and writes behind it."""
+        text, (keys, values) = memory.text, windows(cache, S)
+
+        def run() -> None:
+            for i in range(k):
+                token = text.ids.index_select(1, text.pos)  # (B, 1)
+                inputs = (token, text.pos, text.texts[:, :S], keys, values)
+                text.advance(self.model.next_ids(inputs, options, text.u[i]), token)
+
+        self.recordings += 1
+        return record(run, [text.ids, text.pos, text.done], text.ids.device, memory.pool)
+
+    def can_decode(self, plan: DecodePlan) -> bool:
+        """Whether `decode` knows all options of the plan; what it does not know goes step by step."""
+        options, n_ctx = plan.options, self.model.config.n_ctx
+        fits = plan.cache is not None and plan.ids.size(1) <= min(plan.cache.max_len + 1, n_ctx)
+        return fits and options.repetition_penalty in (None, 1) and len(plan.stop_ids) <= 8
+
+    @torch.inference_mode()
+    def decode(self, plan: DecodePlan, first: int | None = None) -> Iterator[Tensor]:
+        """The new tokens of a plan, (B, n) at a time: `first` in the first replay, then twice as many, up to `most`.
+
+        Small first replays suit a stream, whose reader waits; without `first` every replay has `most` tokens. The host
+        looks at the tokens once a replay and only where stop ids are given.
+        """
+        cache, options, T, end = plan.cache, plan.options, plan.T, plan.ids.size(1)
+        sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        memory = self.memory_of(cache)
+        text, done = memory.text, torch.zeros_like(memory.text.done)
+        kept, mask = cache.reuse(plan.ids[:, :T]), plan.mask
+        if kept < T - 1:
+            seen = None if mask is None else mask[:, : T - 1]
+            prefill(self.model, plan.ids[:, kept : T - 1], cache, attention_mask=seen, chunk=options.prefill_chunk)
+        text.load(plan)
+        t, most = T, first or self.most
+        while t < end:
+            k = 1 << min(most, self.most, end - t).bit_length() - 1  # a power of two: few recordings
+            S = bucket(t - 1 + k, cache.max_len)
+            key = (S, k, *sampling.values())
+            chosen = DecodeOptions(**sampling)  # without the cache, which must not outlive its owner
+            run = memory.recording(key, partial(self.tokens, cache, memory, S, k, chosen))
+            if options.temperature > 0:
+                text.draw(options.generator)
+            run()
+            new, n = text.ids[:, t : t + k], k
+            if len(plan.stop_ids):
+                over = torch.isin(new, plan.stop_ids).cumsum(1).bool() | done[:, None]  # (B, k)
+                done, all_over = over[:, -1], over.all(0)
+                if all_over.any():
+                    n = int(all_over.long().argmax()) + 1
+            plan.ids[:, t : t + n] = new[:, :n]
+            t, most = t + n, 2 * most
+            cache.ids[:, : t - 1] = plan.ids[:, : t - 1]
+            cache.pos = t - 1
+            yield plan.ids[:, t - n : t]
+            if n < k or len(plan.stop_ids) and bool(done.all()):
+                return
+
 # %% ../../notebooks/06c_fast_decoding.ipynb #c7416d06
-def _check_weights(model: GPTLanguageModel, weights: str | None) -> None:
-    """Raise ValueError for an unknown form of weights and for an adapter that is not merged."""
-    if weights not in (None, "bfloat16", "int8"):
-        raise ValueError(f"weights={weights!r} must be None (the model's own), 'bfloat16' or 'int8'")
-    if any(getattr(m, "merged", None) is False for m in model.modules()):  # what a LoRA layer says of itself
-        raise ValueError("the model has a LoRA adapter that is not merged: call merge_lora(model) first")
-
-
 def _check_request(
     model: GPTLanguageModel, weights: str | None, compile: bool, batch_size: int, rows: tuple[int, ...]
 ) -> None:
@@ -145,117 +397,24 @@ def _check_request(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if any(not 1 <= T <= n_ctx for T in rows):
         raise ValueError(f"rows={rows} must be numbers of new tokens between 1 and n_ctx={n_ctx}")
-    _check_weights(model, weights)
+    check_weights(model, weights)
     if compile and device not in ("cpu", "cuda"):
         raise ValueError(f"compile=True is for cpu and cuda, not {device}: pass compile=False")
     if compile and device == "cpu":
-        _compiler_for("compile=True", "pass compile=False")
-
-# %% ../../notebooks/06c_fast_decoding.ipynb #29c66714
-class _Recording:
-    """One step as a CUDA graph: static copies of its inputs, recorded once, replayed with new values in them."""
-
-    def __init__(self, step: Callable[..., Tensor], inputs: tuple[Tensor, ...], *windows: list[Tensor]):
-        self.inputs = [t.clone() for t in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up in the first runs, which must not be recorded
-            for _ in range(2):
-                step(*self.inputs, *windows)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = step(*self.inputs, *windows)
-
-    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.logits.clone()  # the next replay writes over it
-
-# %% ../../notebooks/06c_fast_decoding.ipynb #1a5567d7
-class _StepGPT(_SteppingGPT):
-    """The packed model with its step as a function of tensors, and what the step is called with."""
-
-    def _step(
-        self, idx: Tensor, positions: Tensor, places: Tensor, mask: Tensor, keys: list[Tensor], values: list[Tensor]
-    ) -> Tensor:
-        """Logits (B, T, V) of the new tokens idx (B, T); the table above says what the others are."""
-        window = _Window(keys, values, places)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
-        for i, block in enumerate(self.h):
-            x = block(x, mask, window, i)
-        return self.lm_head(self.ln_f(x))
-
-    def _inputs(
-        self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, S: int
-    ) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
-        """idx, positions, places and mask, then the windows of length S on the cache's keys and values."""
-        (B, T), device, end = idx.shape, idx.device, cache.pos + idx.size(1)
-        places = torch.arange(cache.pos, end, device=device)  # (T,)
-        if attention_mask is None:
-            mask, positions = causal_mask(T, end, device), places  # (T, end), (T,)
-        else:
-            mask, positions = padding_mask(attention_mask, T)  # (B, 1, T, end), (B, T)
-        mask = F.pad(mask.expand(B, 1, T, end), (0, S - end))  # (B, 1, T, S): places behind the text are not seen
-        given = (idx.long(), positions.expand(B, T), places, mask)  # copied, so that every call has the same strides
-        inputs = tuple(t.clone(memory_format=torch.contiguous_format) for t in given)
-        return inputs, [k[:, :, :S] for k in cache.keys], [v[:, :, :S] for v in cache.values]
-
-    def _compile(self) -> None:
-        # 0: the input of a product is computed once and stored; inlined, each of its rows would compute it again
-        options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False}
-        apart = {}
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # compiled for one model alone:
-            apart["isolate_recompiles"] = True  # and for one T; `_decode` checks what else could differ, once
-            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-        for T in self.rows:
-            self._run[T] = torch.compile(self._step, fullgraph=True, dynamic=False, options=dict(options), **apart)
-            cache = KVCache.for_model(self, self.batch_size)
-            cache.pos = min(7, cache.max_len - T)
-            with torch.inference_mode():
-                idx = torch.zeros(self.batch_size, T, dtype=torch.int64)  # (B, T)
-                inputs, keys, values = self._inputs(idx, cache, None, cache.pos + T)
-                for t in (*keys, *values):
-                    torch._dynamo.mark_dynamic(t, 2)
-                torch._dynamo.mark_dynamic(inputs[-1], 3)
-                self._run[T](*inputs, keys, values)
-
-# %% ../../notebooks/06c_fast_decoding.ipynb #c7749daa
-class _DecodingGPT(_StepGPT):
-    """Runs its steps through the compiled or recorded function."""
-
-    compiled: bool
-    batch_size: int
-    rows: tuple[int, ...]
-
-    def _is_step(self, idx: Tensor, cache: KVCache | None) -> bool:
-        shape = (self.batch_size, idx.size(1)) if idx.dim() == 2 else ()
-        return self.compiled and cache is not None and cache.pos > 0 and idx.shape == shape and idx.size(1) in self.rows
-
-    def _run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
-        end = cache.pos + idx.size(1)
-        S = bucket(end, cache.max_len) if idx.is_cuda else end
-        inputs, keys, values = self._inputs(idx, cache, attention_mask, S)
-        if not idx.is_cuda:
-            return self._run[idx.size(1)](*inputs, keys, values)[:, -wanted:]
-        recordings = self._recordings.setdefault(cache, {})
-        if (idx.shape, S) not in recordings:
-            recordings[idx.shape, S] = _Recording(self._step, inputs, keys, values)
-        return recordings[idx.shape, S](inputs)[:, -wanted:]
+        need_cpp_compiler("compile=True", "pass compile=False")
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #f7a85462
-class FastGPT(_DecodingGPT):
+class FastGPT(PackedGPT):
     """A `GPTLanguageModel` for decoding only: packed weights, and a compiled or recorded step. `generate` takes it.
 
     weights: None for the model's own dtype, "bfloat16" or "int8" for smaller ones; keys, values and everything between
     the layers stay in the model's dtype. compile: on a CPU the step goes through `torch.compile`, here and now, which
     takes from some seconds to a minute (`compile_seconds`; torch keeps the result on disk for the next time); on a GPU
-    it is recorded as a CUDA graph, once per cache and bucket. batch_size and rows: the prompts in a batch and the new
-    tokens per step that are compiled for; other shapes run uncompiled, and so do steps of more than `FEW` tokens on a
-    CPU, where oneDNN's products of a whole batch are the faster ones (float32 weights in its order need the token table
-    beside them). Later changes of the model's weights may or may not be seen: make a new one. Raises ValueError for
-    options out of range and an adapter that is not merged, RuntimeError where no C++ compiler is found.
+    it is recorded as a CUDA graph, once per bucket. batch_size and rows: the prompts in a batch and the new tokens per
+    step that are compiled for; other shapes run uncompiled, and so do steps of more than `FEW` tokens on a CPU, where
+    oneDNN's products of a whole batch are the faster ones (float32 weights in its order need the token table beside
+    them). The weights are a copy: make a new one when the model has changed. Raises ValueError for options out of range
+    and an adapter that is not merged, RuntimeError where no C++ compiler is found.
     """
 
     def __init__(
@@ -269,17 +428,46 @@ class FastGPT(_DecodingGPT):
     ):
         _check_request(model, weights, compile, batch_size, rows)
         table = model.wpe.weight
-        on_cpu = table.device.type == "cpu"
-        if on_cpu:
-            rows = tuple(T for T in rows if batch_size * T <= FEW)
+        on_cpu, few = table.device.type == "cpu", compile and batch_size <= FEW
         plain = on_cpu and table.dtype == torch.float32 and weights is None
-        few = compile and batch_size <= FEW
         super().__init__(model, weights, packed=plain and not few and torch.backends.mkldnn.is_available())
-        self.compiled, self.batch_size, self.rows = compile, batch_size, rows
-        self._recordings: weakref.WeakKeyDictionary[KVCache, dict] = weakref.WeakKeyDictionary()
-        self._run: dict[int, Callable[..., Tensor]] = {}  # a compiled step for each T in rows
-        self.compile_seconds = 0.0
+        begin = time.perf_counter()
+        self.backend: CompiledSteps | RecordedSteps | None = None
         if compile and on_cpu:
-            begin = time.perf_counter()
-            self._compile()
-            self.compile_seconds = time.perf_counter() - begin
+            self.backend = CompiledSteps(self, batch_size, tuple(T for T in rows if batch_size * T <= FEW))
+        elif compile:
+            self.backend = RecordedSteps(self, rows)
+        self.compile_seconds = time.perf_counter() - begin if on_cpu and compile else 0.0
+
+    def step(self, idx: Tensor, pos: Tensor, texts: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Logits (B, T, V); what a backend records."""
+        return step_of(self, idx, pos, texts, keys, values)
+
+    def next_ids(self, inputs: tuple, options: DecodeOptions, u: Tensor) -> Tensor:
+        """The ids (B,) behind one token of each text, chosen as the options say."""
+        return choose(self.step(*inputs)[:, -1], options, u)
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for so many texts and tokens; on a GPU in memory of the model's own, where recordings last."""
+        if isinstance(self.backend, RecordedSteps):
+            return self.backend.new_cache(batch_size, length)
+        return super().new_cache(batch_size, length)
+
+    def takes(self, idx: Tensor, cache: KVCache | None) -> bool:
+        if self.backend is None or cache is None or cache.pos == 0 or idx.dim() != 2:
+            return False
+        return self.backend.takes(*idx.shape)
+
+    def run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
+        return self.backend(idx, cache, attention_mask)[:, -wanted:]
+
+    def decode(self, plan: DecodePlan, first: int | None = None) -> Iterator[Tensor] | None:
+        """The plan's new tokens, several in a replay, or None where this can only be done step by step."""
+        backend = self.backend
+        if not isinstance(backend, RecordedSteps) or not backend.can_decode(plan):
+            return None
+
+        def run() -> Iterator[Tensor]:  # holds on to the model
+            yield from backend.decode(plan, first)
+
+        return run()

@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import _check_weights, _compiler_for, _SteppingGPT
+from .compiled import check_own, need_cpp_compiler, own_folder
 from .kv_cache import KVCache
-from .quantized import PackedLinear
+from .quantized import PackedGPT, PackedLinear, check_weights
 from ..model.gpt import GPTLanguageModel, padding_mask
-from ..weights.hub import openai_cache
 
 # %% auto #0
-__all__ = ['MOST', 'STEP_CPP', 'FLAGS', 'compile_step', 'NativeGPT']
+__all__ = ['MOST', 'STEP_CPP', 'FLAGS', 'code_folder', 'compile_step', 'text_struct', 'NativeGPT']
 
 # %% ../../notebooks/06d_step_in_cpp.ipynb #c06c0007
 _TYPES = r"""
@@ -260,23 +259,33 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 # %% ../../notebooks/06d_step_in_cpp.ipynb #c06c0026
-def compile_step() -> Path:
-    """The shared library with the step, compiled on first use and kept in the cache folder (MINIGPT_CACHE).
+def code_folder() -> Path:
+    """Where compiled code is kept: native/ in MINIGPT_CACHE, else in minigpt/ of XDG_CACHE_HOME or ~/.cache.
 
-    Raises RuntimeError where there is no compiler or it fails.
+    Raises RuntimeError, naming MINIGPT_CACHE, where it can't be made or others may write to it.
     """
-    compiler = _compiler_for("NativeGPT", "use FastGPT(model, compile=False)")
+    chosen, caches = os.environ.get("MINIGPT_CACHE"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return own_folder(Path(chosen or Path(caches) / "minigpt") / "native", "MINIGPT_CACHE")
+
+
+def compile_step() -> Path:
+    """The shared library with the step, compiled on first use and kept in `code_folder()`.
+
+    Raises RuntimeError where there is no compiler or it fails, and for a folder or file that others may write to.
+    """
+    compiler = need_cpp_compiler("NativeGPT", "use FastGPT(model, compile=False)")
     found = _run([compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull])  # version and processor, as macros
     name = hashlib.sha256("\n".join((STEP_CPP, found, *FLAGS)).encode()).hexdigest()[:16]
-    library = openai_cache() / "native" / f"step-{name}.so"
+    library = code_folder() / f"step-{name}.so"
     if not library.is_file():
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             source, compiled, linked = (Path(folder) / f"step.{end}" for end in ("cpp", "o", "so"))
             source.write_text(STEP_CPP, encoding="utf-8")
             _run([compiler, *FLAGS, "-c", str(source), "-o", str(compiled)])
             _run([compiler, "-shared", "-fopenmp", str(compiled), "-o", str(linked)])
+            linked.chmod(0o700)
             linked.replace(library)
+    check_own(library, "delete it or set MINIGPT_CACHE to a folder of your own")
     return library
 
 
@@ -295,7 +304,7 @@ class _Text(ctypes.Structure):
     tensors: dict[str, Tensor | None]  # what it points to
 
 # %% ../../notebooks/06d_step_in_cpp.ipynb #c06c0030
-def _text(idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int, vocab_size: int) -> _Text:
+def text_struct(idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int, vocab_size: int) -> _Text:
     """The struct for new tokens idx (B, T) and room for the logits behind each row's last `wanted` tokens."""
     (B, T), mask = idx.shape, None
     positions = torch.arange(cache.pos, cache.pos + T).expand(B, T)
@@ -326,41 +335,41 @@ def _in_order(model: GPTLanguageModel) -> list[Tensor | None]:
     return out
 
 # %% ../../notebooks/06d_step_in_cpp.ipynb #c06c0032
-class NativeGPT(_SteppingGPT):
+class NativeGPT(PackedGPT):
     """A float32 `GPTLanguageModel` on the CPU whose steps run in C++; `generate`, `stream` and lookup take it.
 
     weights: None for float32, "bfloat16" or "int8" for smaller ones; everything between the layers stays float32.
     Up to `MOST` tokens at a time, new ones or a prompt, in one text or several, with padding or without, run in C++ on
-    as many threads as `torch.get_num_threads()` says; more than that run in PyTorch. The first one
-    on a machine compiles it (`compile_seconds`, about two). Later changes of the model's weights may or may not be
-    seen: make a new one. Raises ValueError for other dtypes, devices and forms of weights and for an adapter that is
-    not merged, RuntimeError where no C++ compiler is found or it fails.
+    as many threads as `torch.get_num_threads()` says; more than that run in PyTorch. The first one on a machine
+    compiles it (`compile_seconds`, about two). The weights are a copy: make a new one when the model has changed.
+    Raises ValueError for other dtypes, devices and forms of weights and for an adapter that is not merged, RuntimeError
+    where no C++ compiler is found or it fails, or its result can't be kept safely.
     """
 
     def __init__(self, model: GPTLanguageModel, weights: str | None = None):
         table, c = model.wpe.weight, model.config
         if table.device.type != "cpu" or table.dtype != torch.float32:
             raise ValueError(f"the model is {table.dtype} on {table.device}, NativeGPT needs torch.float32 on the cpu")
-        _check_weights(model, weights)
+        check_weights(model, weights)
         begin = time.perf_counter()
         self._function = getattr(_library(compile_step()), f"step_{weights or 'float32'}")
         self.compile_seconds = time.perf_counter() - begin
-        super().__init__(model, weights, packed=False)
+        super().__init__(model, weights)
         self._held = [None if t is None else t.detach() for t in _in_order(self)]  # whatever becomes of a parameter
         addresses = [0 if t is None else t.data_ptr() for t in self._held]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self._sizes = _Sizes(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.layer_norm_epsilon)
 
-    def _is_step(self, idx: Tensor, cache: KVCache | None) -> bool:
+    def takes(self, idx: Tensor, cache: KVCache | None) -> bool:
         if cache is None or idx.dim() != 2 or idx.numel() > MOST or cache.keys.dtype != torch.float32:
             return False
         return idx.device.type == cache.keys.device.type == "cpu"
+
+    def run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
+        return self._call(text_struct(idx, cache, attention_mask, wanted, self.config.vocab_size))
 
     def _call(self, text: _Text) -> Tensor:
         """Run the step; its logits (B, wanted, V)."""
         threads = torch.get_num_threads()
         self._function(ctypes.byref(self._sizes), ctypes.byref(self._addresses), ctypes.byref(text), threads)
         return text.tensors["logits"]
-
-    def _run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
-        return self._call(_text(idx, cache, attention_mask, wanted, self.config.vocab_size))

@@ -32,7 +32,7 @@ def propose(ids: Tensor, draft: int, ngram: int = 3) -> Tensor:
 # %% ../../notebooks/06c_fast_decoding.ipynb #dd870e2c
 @dataclass(frozen=True)
 class LookupResult:
-    """A text written with prompt lookup, and how well the guesses were."""
+    """A text written with prompt lookup, and how many guesses were accepted."""
 
     ids: Tensor  # (1, T + new) int64
     new: int  # tokens written
