@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import batch_of, build, flat, windows_of
 
-from minigpt_lib.training.loop import train
 from minigpt_lib.training.loss import SummedLoss, evaluate_loss
 from minigpt_lib.training.monitor import (
     flops_per_token,
@@ -19,6 +18,7 @@ from minigpt_lib.training.monitor import (
     tensorboard_log,
 )
 from minigpt_lib.training.optim import TrainConfig, lr_at
+from minigpt_lib.training.run import train
 
 
 def test_history_evaluation_and_jsonl(tmp_path, seed):
