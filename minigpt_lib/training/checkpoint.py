@@ -164,8 +164,8 @@ def _check_length(path: Path, done: int, planned: int, steps: int) -> None:
             "follows the new plan", stacklevel=3,
         )  # fmt: skip
 
-# %% ../../notebooks/04c_long_runs.ipynb #ea0d4b8e
-_held: dict[tuple[Path, int], int] = {}  # (folder, thread): how many blocks of ours are in it
+# %% ../../notebooks/04c_long_runs.ipynb #ffc61563
+_held: dict[tuple, int] = {}  # (folder, process, thread): how many blocks are in it; a forked process holds nothing
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    key = (folder, threading.get_ident())
+    key = (folder, os.getpid(), threading.get_ident())
     file = None if _held.get(key) else _acquire(folder / ".lock", folder)
     _held[key] = _held.get(key, 0) + 1
     try:

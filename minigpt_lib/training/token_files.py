@@ -148,7 +148,7 @@ def _same_text(a: Path, b: Path) -> bool:
     """Whether two names stand for one file, or two files for one text."""
     return a.samefile(b) or (a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False))
 
-# %% ../../notebooks/04c_long_runs.ipynb #5c8634bb
+# %% ../../notebooks/04c_long_runs.ipynb #c90bac69
 def find_sources(corpus: Corpus, heldout: Corpus | bool | None = None) -> Sources:
     """Divides a corpus into what is trained on and what is held out; no text is in both.
 
@@ -162,7 +162,7 @@ def find_sources(corpus: Corpus, heldout: Corpus | bool | None = None) -> Source
         held = [f for f in files if HELDOUT.fullmatch(f.stem)]
         held = held if len(held) < len(files) else []  # the only text there is: to be trained on
         beside = files[0].with_name("heldout.txt")
-        if not held and beside.is_file() and not any(_same_text(beside, f) for f in files):
+        if not held and beside.is_file() and not all(_same_text(beside, f) for f in files):
             held = [beside]
     elif heldout is not False:
         held = find_texts(heldout)
