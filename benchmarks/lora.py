@@ -43,6 +43,7 @@ from minigpt_lib.devices import pick_device
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.paths import data_dir
 from minigpt_lib.text.tokenizer import load_tokenizer
+from minigpt_lib.training.distributed import Engine
 from minigpt_lib.training.loop import train_step
 from minigpt_lib.training.optim import TrainConfig, configure_optimizer
 from minigpt_lib.tuning.batching import Example, LengthBatches, encode_records, pad, real_share
@@ -100,11 +101,12 @@ class Ours:
     def __init__(self, few: list[Example], device: torch.device, precision: str):
         self.model, self.examples = build().to(device), few
         self.cfg = TrainConfig(lr=CFG.lr, weight_decay=0.0, grad_clip=0.0, precision=precision)
-        self.optimizer = configure_optimizer(self.model, self.cfg)
+        self.optimizer, self.engine = configure_optimizer(self.model, self.cfg), Engine(self.model, self.cfg)
 
     def step(self, members: list[int]) -> float:
         self.model.train()
-        return train_step(self.model, self.optimizer, [pad([self.examples[n] for n in members])], CFG.lr, self.cfg)[0]
+        batch = pad([self.examples[n] for n in members])
+        return train_step(self.model, self.optimizer, [batch], CFG.lr, self.cfg, engine=self.engine)[0]
 
 
 class Theirs:

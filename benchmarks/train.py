@@ -28,6 +28,7 @@ from common import interleaved, machine, summary, write
 
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.training.checkpoint import load_checkpoint, save_checkpoint
+from minigpt_lib.training.distributed import Engine
 from minigpt_lib.training.loop import train_step
 from minigpt_lib.training.monitor import flops_per_token, measured_peak
 from minigpt_lib.training.optim import TrainConfig, configure_optimizer
@@ -43,9 +44,9 @@ def ours(
     model.gradient_checkpointing = recompute
     for block in model.h if compiled else ():  # as TrainConfig(compile=True) does it
         block.compile()
-    cfg = TrainConfig(precision=precision)
-    optimizer, batch = configure_optimizer(model, cfg), random_batch(args)
-    return model, lambda: train_step(model, optimizer, [batch], LR, cfg)
+    cfg = TrainConfig(precision=precision, compile=compiled)
+    optimizer, batch, engine = configure_optimizer(model, cfg), random_batch(args), Engine(model, cfg)
+    return model, lambda: train_step(model, optimizer, [batch], LR, cfg, engine=engine)
 
 
 def peer(args: argparse.Namespace, precision: str = "fp32", compiled: bool = False) -> tuple[nn.Module, Callable]:

@@ -10,9 +10,9 @@ import torch
 from tiny import batch_of, build, flat, losses, windows_of
 
 from minigpt_lib.training.distributed import current_ranks, process_group, whole_model
-from minigpt_lib.training.loop import train
 from minigpt_lib.training.loss import evaluate_loss
 from minigpt_lib.training.optim import TrainConfig
+from minigpt_lib.training.run import train
 
 CFG = TrainConfig(steps=8, batch_size=4, accumulate=3, lr=3e-3, warmup=2, eval_every=3, checkpoint_every=4)
 

@@ -1,6 +1,7 @@
 """minigpt_lib.training.data: windows, and token files against tiktoken's own encoding of the whole text."""
 
 import hashlib
+import os
 import random
 import re
 
@@ -17,7 +18,9 @@ from minigpt_lib.training.token_files import (
     build_token_file,
     encode_corpus,
     encode_texts,
+    find_sources,
     find_texts,
+    left_out,
     load_tokens,
     open_tokens,
     read_documents,
@@ -30,7 +33,7 @@ from minigpt_lib.training.token_files import (
 @pytest.mark.parametrize("trial", range(4))
 def test_an_epoch_uses_every_id_once_and_targets_are_shifted_by_one(trial, seed):
     rng = random.Random(seed + trial)
-    window, per_epoch, rest = rng.randint(1, 9), rng.randint(2, 12), rng.choice([0, 1, 3])
+    window, per_epoch, rest = rng.randint(1, 9), rng.randint(8, 14), [0, 1, 3, 0][trial]
     n = window * per_epoch + min(rest, window - 1)
     batch_size = rng.randint(1, per_epoch)
     tokens = np.arange(n)
@@ -45,8 +48,7 @@ def test_an_epoch_uses_every_id_once_and_targets_are_shifted_by_one(trial, seed)
         assert len(used) == len(set(used)) == window * per_epoch > n - window, f"epoch {epoch} (seed {seed})"
         if n % window == 0:
             assert sorted(used) == list(range(n))
-    if per_epoch >= 8:
-        assert not torch.equal(idx[:per_epoch], idx[per_epoch : 2 * per_epoch]), "epochs differ"
+    assert not torch.equal(idx[:per_epoch], idx[per_epoch : 2 * per_epoch]), "epochs differ"
 
 
 def test_batches_are_a_pure_function_of_their_number(seed):
@@ -160,6 +162,119 @@ def test_a_folder_is_all_its_texts_in_order(tmp_path, byte_encoding):
     assert encode_corpus(tmp_path, byte_encoding).tolist() == [65, 256, 66, 256, 67, 256]
 
 
+def test_folders_are_read_in_the_order_given_and_files_in_that_of_their_names(tmp_path, monkeypatch):
+    for name in ("y/b.txt", "y/a.txt", "x/d.txt", "x/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    real = type(tmp_path).rglob  # a disk may list its files in any order
+    for turn in (1, -1):
+        monkeypatch.setattr(type(tmp_path), "rglob", lambda self, kind, turn=turn: sorted(real(self, kind))[::turn])
+        assert [p.name for p in find_texts([tmp_path / "y", tmp_path / "x"])] == ["a.txt", "b.txt", "c.txt", "d.txt"]
+        assert [p.name for p in find_texts([tmp_path / "x", tmp_path / "y"])] == ["c.txt", "d.txt", "a.txt", "b.txt"]
+
+
+# ---- text that comes from anywhere ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 3, 50, 2**20])
+def test_marks_and_line_ends_make_no_difference(tmp_path, byte_encoding, mark, end, size):
+    text = "one caf\u00e9\n\nline two\n<|endoftext|>\nand \u6f22\n"
+    (tmp_path / "a.txt").write_bytes(mark + text.replace("\n", end).encode())
+    expected = [*"one caf\u00e9\n\nline two".encode(), 256, *"and \u6f22".encode(), 256]
+    assert np.concatenate(list(encode_texts(tmp_path / "a.txt", byte_encoding, size=size))).tolist() == expected
+    assert read_documents(tmp_path / "a.txt") == ["one caf\u00e9\n\nline two", "and \u6f22"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**20])
+def test_a_bad_byte_is_named_with_its_place(tmp_path, byte_encoding, size, seed):
+    rng = random.Random(seed)
+    good = "".join(rng.choices(["a", "\u00e9", "\u6f22", "\n", " word"], k=200)).encode() + b"\n"
+    bad = rng.choice([b"\xff", b"\xe9 ", b"\xc3("])
+    for mark in (b"", b"\xef\xbb\xbf"):
+        raw = mark + good + bad + b" more"
+        (tmp_path / "a.txt").write_bytes(raw)
+        at = len(mark) + len(good)
+        place = rf"a\.txt is not UTF-8: byte {at} \(0x{raw[at]:02x}, line {1 + good.count(10)}\)"
+        with pytest.raises(ValueError, match=place):
+            list(encode_texts(tmp_path / "a.txt", byte_encoding, size=size))
+        with pytest.raises(ValueError, match=place):
+            read_documents(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("kind", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf16_is_named(tmp_path, byte_encoding, kind):
+    (tmp_path / "a.txt").write_bytes("Plain words, as Notepad saves them.".encode(kind))
+    for read in (lambda: encode_corpus(tmp_path, byte_encoding), lambda: read_documents(tmp_path / "a.txt")):
+        with pytest.raises(ValueError, match=r"a\.txt is UTF-16, not UTF-8: convert it first, e\.g\. iconv"):
+            read()
+
+
+# ---- what is read, and what is not ----------------------------------------------------------------------------------
+
+
+def lay_out(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"the text of {name}")
+    return folder
+
+
+CLUTTER = {
+    ".ipynb_checkpoints/a-checkpoint.txt": ".ipynb_checkpoints (hidden)",
+    ".git/objects/x.txt": ".git (hidden)",
+    ".#a.txt": ".#a.txt (hidden)",
+    "._a.txt": "._a.txt (hidden)",
+    "a.txt~": "a.txt~ (a backup)",
+    "#a.txt#": "#a.txt# (a backup)",
+    "~$a.txt": "~$a.txt (a backup)",
+    "a.bak.txt": "a.bak.txt (a backup)",
+    "sub/a.txt.orig": "sub/a.txt.orig (a backup)",
+    "a-checkpoint.txt": "a-checkpoint.txt (a backup)",
+    "code.py": "1 \u00d7 .py",
+}
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_hidden_files_and_backups_are_left_out_and_named(tmp_path, name):
+    lay_out(tmp_path, "a.txt", "sub/B.TXT", name)
+    sources = find_sources(tmp_path)
+    assert [p.name for p in sources.files] == ["a.txt", "B.TXT"] == [p.name for p in find_texts(tmp_path)]
+    assert sources.left_out == [CLUTTER[name]] == left_out(tmp_path)
+
+
+def test_what_the_shell_lists_is_sorted_out_too(tmp_path):
+    lay_out(tmp_path, "a.txt", "a.txt~", "heldout.txt")
+    sources = find_sources(sorted(tmp_path.iterdir()))  # folder/*
+    assert [p.name for p in sources.files] == ["a.txt"] and [p.name for p in sources.heldout] == ["heldout.txt"]
+    assert sources.left_out == ["a.txt~ (a backup)"]
+    assert [p.name for p in find_sources(tmp_path / "a.txt~").files] == ["a.txt~"], "the only one, and asked for"
+
+
+@pytest.mark.parametrize("name", ["heldout.txt", "held-out.txt", "val.txt", "Validation.txt", "sub/valid.txt"])
+def test_a_held_out_text_is_found_and_kept_out(tmp_path, name):
+    lay_out(tmp_path, "a.txt", "b.txt", name)
+    sources = find_sources(tmp_path)
+    assert [p.name for p in sources.files] == ["a.txt", "b.txt"]
+    assert [p.relative_to(tmp_path).as_posix() for p in sources.heldout] == [name]
+    assert name.split("/")[-1] in [p.name for p in find_sources(tmp_path, heldout=False).files]
+    alone = find_sources(tmp_path / name)
+    assert [p.name for p in alone.files] == [name.split("/")[-1]] and not alone.heldout, "all that there is"
+
+
+def test_a_copy_or_a_link_of_the_held_out_text_is_kept_out(tmp_path):
+    lay_out(tmp_path, "a.txt", "heldout.txt")
+    (tmp_path / "copy.txt").write_bytes((tmp_path / "heldout.txt").read_bytes())
+    (tmp_path / "link.txt").symlink_to(tmp_path / "heldout.txt")
+    assert [p.name for p in find_sources(tmp_path).files] == ["a.txt"]
+    assert [p.name for p in find_sources([tmp_path / "a.txt", tmp_path / "copy.txt"]).files] == ["a.txt"]
+    beside = find_sources(tmp_path / "a.txt")
+    assert [p.name for p in beside.heldout] == ["heldout.txt"], "beside the text"
+    repeated = find_sources([tmp_path / "a.txt", tmp_path / "a.txt"])
+    assert [p.name for p in repeated.files] == ["a.txt", "a.txt"], "a text that is to count twice"
+
+
 def test_a_token_file_holds_the_ids_and_is_built_once(tmp_path, byte_encoding, monkeypatch):
     text, file, said = tmp_path / "a.txt", tmp_path / "a.tokens", []
     text.write_text("one two three " * 1000)
@@ -194,6 +309,19 @@ def test_a_token_file_from_another_tokenizer_is_refused_and_kept(tmp_path, byte_
 def _bytes_with(pat_str: str = r"\S+|\s+", shift: int = 0) -> tiktoken.Encoding:
     ranks = {bytes([(i + shift) % 256]): i for i in range(256)}
     return tiktoken.Encoding("other", pat_str=pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+
+
+def test_a_token_file_follows_its_texts(tmp_path, byte_encoding):
+    """A text that changed is encoded anew even if its length did not, and files in another order are another corpus."""
+    a, b, file = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "a.tokens"
+    a.write_text("one two")
+    b.write_text("six ten")
+    os.utime(a, ns=(10**18, 10**18))
+    assert build_token_file(file, [a, b], byte_encoding).tolist() == [*b"one two", 256, *b"six ten", 256]
+    a.write_text("two one")
+    os.utime(a, ns=(10**18 + 1, 10**18 + 1))
+    assert build_token_file(file, [a, b], byte_encoding).tolist() == [*b"two one", 256, *b"six ten", 256]
+    assert build_token_file(file, [b, a], byte_encoding).tolist() == [*b"six ten", 256, *b"two one", 256]
 
 
 @pytest.mark.parametrize("keep", [0, 100, HEADER - 1, HEADER, HEADER + 10, -1])

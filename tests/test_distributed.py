@@ -13,7 +13,10 @@ import torch.nn as nn
 from ranks import runs
 from tiny import batch_of, build
 
+from minigpt_lib.training import distributed as module
+from minigpt_lib.training.chunked_loss import SummedLoss
 from minigpt_lib.training.distributed import (
+    Engine,
     Ranks,
     all_sum,
     current_ranks,
@@ -22,7 +25,7 @@ from minigpt_lib.training.distributed import (
     process_group,
     synchronised,
 )
-from minigpt_lib.training.loss import SummedLoss, count_targets
+from minigpt_lib.training.loss import count_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +82,7 @@ def test_the_module_runs_under_torchrun_and_goes_on(tmp_path):
     assert np.abs(losses[0] / losses[1] - 1).max() < 1e-5, losses
     assert all("One" in json.loads(lines[-1])["sample"] for lines in both)
     done = torchrun(*words, "--lr", "0.5")
-    assert done.returncode != 0 and "another TrainConfig: lr is 0.001 there and 0.5 here" in done.stderr
+    assert done.returncode != 0 and "another TrainConfig: lr is 0.002 there and 0.5 here" in done.stderr
 
 
 @needs_gloo
@@ -138,8 +141,17 @@ def test_gradients_travel_once_a_step(micro, seed, monkeypatch):
     model, cfg = build(seed), TrainConfig()
     spy = Spy(SummedLoss(model))
     batches = [batch_of(seed + i, 2) for i in range(micro)]
-    training.train_step(model, configure_optimizer(model, cfg), batches, 1e-3, cfg, loss=spy)
+    training.train_step(model, configure_optimizer(model, cfg), batches, 1e-3, cfg, engine=Engine(model, cfg, loss=spy))
     assert spy.seen == [False] * (micro - 1) + [True]
+
+
+def test_the_batch_is_not_moved_before_its_ids_are_looked_at(seed, monkeypatch):
+    """With device_ids, DistributedDataParallel would move it to the GPU, where a wrong id is an assertion of CUDA's."""
+    made = []
+    monkeypatch.setattr(module, "current_ranks", lambda: Ranks(0, 2))
+    monkeypatch.setattr(module, "DistributedDataParallel", lambda loss, **how: made.append(how) or loss)
+    parallelised(SummedLoss(build(seed)))
+    assert made == [{}]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

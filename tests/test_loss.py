@@ -1,4 +1,4 @@
-"""minigpt_lib.training.loss against PyTorch's cross-entropy on whole logits, and what it keeps in memory."""
+"""The plain and the chunked loss against PyTorch's cross-entropy on whole logits, and what is kept in memory."""
 
 import copy
 import random
@@ -10,8 +10,19 @@ import torch.nn.functional as F
 from tiny import TINY, T, V, batch_of, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minigpt_lib.training import chunked_loss as chunked_module
 from minigpt_lib.training import loss as loss_module
-from minigpt_lib.training.loss import CHUNK, amp_dtype, chunked_cross_entropy, count_targets, evaluate_loss, summed_loss
+from minigpt_lib.training.chunked_loss import (
+    CHUNK,
+    CUDA_CHUNK,
+    SummedLoss,
+    chunk_rows,
+    chunked_cross_entropy,
+    summed_loss_in_chunks,
+)
+from minigpt_lib.training.loss import amp_dtype, count_targets, evaluate_loss, summed_loss
+
+both_losses = pytest.mark.parametrize("loss_of", [summed_loss, summed_loss_in_chunks])
 
 
 class Made(TorchDispatchMode):
@@ -157,13 +168,13 @@ def test_no_position_gives_zero():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_the_gradient_of_the_whole_model_tied_matrix_included(share, checkpointing, seed, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 5 * V)
+    monkeypatch.setattr(chunked_module, "CHUNK", 5 * V)
     idx, targets = batch_of(seed, 4, share)
     expected, model = build(seed), build(seed).train()
     model.gradient_checkpointing = checkpointing
     (expected(idx, targets)[1] * count_targets(targets)).backward()
     for _ in range(2):  # gradients add up, as accumulation needs it
-        summed_loss(model, idx, targets).backward()
+        summed_loss_in_chunks(model, idx, targets).backward()
     for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert float((p.grad / 2 - q.grad).abs().max()) < 1e-5 * max(1, float(q.grad.abs().max())), f"{name} {seed}"
 
@@ -183,7 +194,7 @@ def test_the_tied_matrix_gets_one_gradient_that_both_its_uses_add_to(seed):
     model, (idx, targets) = build(seed).train(), batch_of(seed, 4)
     assert len(targets.flatten()) != model.config.n_embd, "or the scores would have the shape of the matrix"
     with Allocated() as made:
-        summed_loss(model, idx, targets).backward()
+        summed_loss_in_chunks(model, idx, targets).backward()
     assert made.shapes.count(model.wte.weight.shape) == 1
     assert not model.wte._forward_hooks
 
@@ -194,17 +205,18 @@ def test_a_head_of_its_own_and_a_frozen_matrix_get_what_plain_cross_entropy_give
     expected.lm_head.weight = torch.nn.Parameter(torch.randn_like(expected.wte.weight))
     model = copy.deepcopy(expected)
     (expected(idx, targets)[1] * count_targets(targets)).backward()
-    summed_loss(model, idx, targets).backward()
+    summed_loss_in_chunks(model, idx, targets).backward()
     for name in ("wte", "lm_head"):
         assert off(getattr(model, name).weight.grad, getattr(expected, name).weight.grad) < 1e-5, f"{name} {seed}"
     frozen = build(seed)
     frozen.wte.weight.requires_grad_(False)
-    summed_loss(frozen, idx, targets).backward()
+    summed_loss_in_chunks(frozen, idx, targets).backward()
     assert frozen.wte.weight.grad is None and frozen.wpe.weight.grad.any()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_summed_loss_and_evaluate_loss_equal_the_model(share, seed):
+@both_losses
+def test_summed_loss_and_evaluate_loss_equal_the_model(loss_of, share, seed):
     model, batches = build(seed), [batch_of(seed + i, rows, share) for i, rows in enumerate((3, 1, 5))]
     sums, counts = [], []
     for idx, targets in batches:
@@ -212,29 +224,30 @@ def test_summed_loss_and_evaluate_loss_equal_the_model(share, seed):
         assert count_targets(targets) == n
         sums.append(model(idx, targets)[1].item() * n)
         counts.append(n)
-        assert abs(summed_loss(model, idx, targets).item() - sums[-1]) < 1e-4, f"seed {seed}"
-    assert abs(evaluate_loss(model, batches) - sum(sums) / sum(counts)) < 1e-5, f"seed {seed}"
+        assert abs(loss_of(model, idx, targets).item() - sums[-1]) < 1e-4, f"seed {seed}"
+    assert abs(evaluate_loss(model, batches, loss=loss_of) - sum(sums) / sum(counts)) < 1e-5, f"seed {seed}"
 
 
 def test_positions_without_a_label_never_reach_the_head(seed, monkeypatch):
     seen, real = [], chunked_cross_entropy
     spy = lambda x, *args, **how: seen.append((x.shape, args[1])) or real(x, *args, **how)  # noqa: E731
-    monkeypatch.setattr(loss_module, "chunked_cross_entropy", spy)
+    monkeypatch.setattr(chunked_module, "chunked_cross_entropy", spy)
     idx, targets = batch_of(seed, 4, 0.3)
-    summed_loss(build(seed), idx, targets)
+    summed_loss_in_chunks(build(seed), idx, targets)
     (shape, wanted), *rest = seen
     assert not rest and shape == (count_targets(targets), TINY.n_embd)
     assert wanted.tolist() == targets[targets != -100].tolist()
 
 
-def test_ids_outside_the_vocabulary_are_named(seed):
+@both_losses
+def test_ids_outside_the_vocabulary_are_named(loss_of, seed):
     model, (idx, targets) = build(seed), batch_of(seed, 2)
     for what, wrong in (("token id", 0), ("target", 1)):
         for bad in (V, -1):
             batch = [idx.clone(), targets.clone()]
             batch[wrong][1, 3] = bad
             with pytest.raises(ValueError, match=f"{what} {bad} is outside the vocabulary: ids run from 0 to {V - 1}"):
-                summed_loss(model, *batch)
+                loss_of(model, *batch)
 
 
 def test_evaluate_loss_turns_dropout_off_and_restores_the_mode(seed):
@@ -246,6 +259,66 @@ def test_evaluate_loss_turns_dropout_off_and_restores_the_mode(seed):
     for nothing in ([], [(batches[0][0], torch.full((4, T), -100))]):
         with pytest.raises(ValueError, match="no target"):
             evaluate_loss(model, nothing)
+
+
+@pytest.mark.parametrize("rows", [1, 7, None])
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_either_layout_of_the_scores_gives_the_same(row_by_row, rows, seed):
+    """(V, n), which a CPU likes, and (n, V), which a GPU likes; the last chunk is shorter."""
+    x, weight, targets = problem(seed, n=random.Random(seed).randint(8, 90))
+    mine, theirs = chunked_cross_entropy(x, weight, targets, rows, row_by_row=row_by_row), whole(x, weight, targets)
+    assert abs(mine - theirs) < 1e-6 * theirs.abs(), f"seed {seed}"
+    for a, b in zip(gradients(mine, x, weight), gradients(theirs, x, weight), strict=True):
+        assert off(a, b) < 2e-6, f"seed {seed}"
+
+
+def test_each_device_gets_the_layout_and_the_chunks_that_suit_it(seed, monkeypatch):
+    """What would happen on a GPU, seen on tensors that only pretend to be there."""
+    assert chunk_rows(16 * 1024, 50257, "cpu") == 328 and chunk_rows(16 * 1024, 50257, "cuda") == 4096
+    for kind, most in (("cpu", CHUNK), ("mps", CHUNK), ("cuda", CUDA_CHUNK)):
+        for n in (1, 5, random.Random(seed).randint(6, 40_000)):
+            rows = chunk_rows(n, 50257, kind)
+            assert rows >= 1 and rows * 50257 <= most and rows == -(-n // -(-n // rows)), (kind, n, "equal chunks")
+    assert chunk_rows(0, 50257, "cpu") == chunk_rows(3, 2**40, "cuda") == 1
+    seen = []
+    monkeypatch.setattr(chunked_module._ChunkedCrossEntropy, "apply", lambda *args: seen.append(args))
+    monkeypatch.setattr(chunked_module, "compiled_gradient", lambda: "compiled")
+    for kind in ("cpu", "cuda"):
+        for compiled in (False, True):
+            device = types.SimpleNamespace(type=kind)
+            fake = type("Fake", (), {"__len__": lambda self: 5, "device": device, "dtype": torch.float32})()
+            chunked_cross_entropy(fake, fake, None, compiled=compiled)
+    layouts = [(args[-1], args[-2]) for args in seen]
+    plain = chunked_module._losses_to_gradient
+    assert layouts == [(False, plain), (False, plain), (True, plain), (True, "compiled")]
+
+
+def test_pytorchs_own_chunked_loss_agrees(seed):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("PyTorch before 2.13 has no linear_cross_entropy")
+    x, weight, targets = problem(seed, n=80)
+    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=random.Random(seed).randint(3, 40))
+    theirs = F.linear_cross_entropy(x, weight, targets, reduction="sum", options=chunks)
+    mine = chunked_cross_entropy(x, weight, targets, rows=11)
+    assert abs(mine - theirs) < 1e-6 * theirs, f"seed {seed}"
+    for a, b in zip(gradients(mine, x, weight), gradients(theirs, x, weight), strict=True):
+        assert off(a, b) < 1e-5, f"seed {seed}"
+
+
+def test_the_plain_loss_measures_without_holding_all_logits(seed):
+    model, (idx, targets) = build(seed), batch_of(seed, 200)
+    n = count_targets(targets)
+    assert n > 2 * 1024
+    with Made() as made, torch.no_grad():
+        total = summed_loss(model, idx, targets)
+    assert max(shape.numel() for shape in made.shapes if V in shape and TINY.n_embd not in shape) == 1024 * V
+    assert abs(total / n - model(idx, targets)[1]) < 1e-4, f"seed {seed}"
+
+
+def test_the_module_of_the_loss_is_the_chunked_one(seed):
+    model, batch = build(seed), batch_of(seed, 4, 0.5)
+    assert SummedLoss(model)(*batch) == summed_loss_in_chunks(model, *batch)
+    assert SummedLoss(model, "bf16")(*batch) == summed_loss_in_chunks(model, *batch, precision="bf16")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

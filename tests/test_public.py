@@ -20,7 +20,7 @@ NAMES = [
 ROOM_ORDER = {  # modules, in the order in which the notebooks write them
     "text": "bpe tokenizer",
     "model": "attention gpt",
-    "training": "loss data token_files optim distributed monitor checkpoint loop run",
+    "training": "loss data optim loop chunked_loss distributed monitor token_files checkpoint run",
     "weights": "crc32c stored tf_checkpoint hub convert pretrained verify",
     "generation": "sampling kv_cache loop options decode quantized compiled prompt_lookup native",
     "tuning": "lora peft_io records chat_template batching sft metrics",

@@ -1,4 +1,4 @@
-"""minigpt_lib.training.loop against plain PyTorch, Transformers, explicit formulas, and real kills."""
+"""minigpt_lib.training.loop and .run against plain PyTorch, Transformers, explicit formulas, and real kills."""
 
 import math
 import random
@@ -16,10 +16,11 @@ from tiny import TINY, V, batch_of, build, flat, losses, windows_of
 
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.training.data import TokenWindows
-from minigpt_lib.training.loop import is_due, run_step, train, train_step
+from minigpt_lib.training.distributed import Engine
+from minigpt_lib.training.loop import is_due, train_loop, train_step
 from minigpt_lib.training.loss import count_targets, summed_loss
 from minigpt_lib.training.optim import TrainConfig, configure_optimizer, lr_at
-from minigpt_lib.training.run import pretrain
+from minigpt_lib.training.run import pretrain, pretrain_config, train
 from minigpt_lib.training.token_files import encode_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,15 +147,19 @@ def test_schedule_of_a_single_step_uses_the_full_rate():
 # ---- accumulation, masks, precision, checkpointing ------------------------------------------------------------------
 
 
-def sgd_gradient(model, batches, cfg=None):
-    """The gradient that train_step uses, read off from one step of plain SGD with rate 1."""
-    before = flat(model)
+either_way = pytest.mark.parametrize("fast", [False, True], ids=["plain", "engine"])
+
+
+def sgd_gradient(model, batches, cfg=None, fast=False):
+    """The gradient that train_step uses, plain or with the engine, read off from one step of SGD with rate 1."""
+    before, cfg = flat(model), cfg or TrainConfig(grad_clip=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
-    loss, norm = train_step(model, optimizer, batches, 1.0, cfg or TrainConfig(grad_clip=0))
+    loss, norm = train_step(model, optimizer, batches, 1.0, cfg, engine=Engine(model, cfg) if fast else None)
     return before - flat(model), loss, norm
 
 
-def test_accumulation_equals_the_big_batch_with_unequal_counts(seed):
+@either_way
+def test_accumulation_equals_the_big_batch_with_unequal_counts(fast, seed):
     micro = [batch_of(seed, 4, 1.0), batch_of(seed + 1, 4, 0.0), batch_of(seed + 2, 4, 0.4)]
     counts = [count_targets(t) for _, t in micro]
     assert counts[1] == 1 and len(set(counts)) == 3
@@ -162,8 +167,8 @@ def test_accumulation_equals_the_big_batch_with_unequal_counts(seed):
     model = build(seed)
     model(*big)[1].backward()
     truth = torch.cat([p.grad.flatten() for p in model.parameters()])
-    accumulated, loss, norm = sgd_gradient(build(seed), micro)
-    at_once, loss_big, _ = sgd_gradient(build(seed), [big])
+    accumulated, loss, norm = sgd_gradient(build(seed), micro, fast=fast)
+    at_once, loss_big, _ = sgd_gradient(build(seed), [big], fast=fast)
     for mine in (accumulated, at_once):
         difference = float((mine - truth).abs().max())
         assert difference < 2e-6, f"largest difference {difference} (seed {seed})"
@@ -182,11 +187,12 @@ def test_accumulated_run_equals_a_run_with_the_big_batches(seed):
     assert np.abs(np.array(losses(a)) - losses(b)).max() < 1e-5, f"seed {seed}"
 
 
-def test_a_micro_batch_without_targets_is_harmless(seed):
+@either_way
+def test_a_micro_batch_without_targets_is_harmless(fast, seed):
     idx, targets = batch_of(seed, 4)
     nothing = (idx, torch.full_like(targets, -100))
-    alone, loss, _ = sgd_gradient(build(seed), [(idx, targets)])
-    together, loss_both, _ = sgd_gradient(build(seed), [nothing, (idx, targets), nothing])
+    alone, loss, _ = sgd_gradient(build(seed), [(idx, targets)], fast=fast)
+    together, loss_both, _ = sgd_gradient(build(seed), [nothing, (idx, targets), nothing], fast=fast)
     assert abs(loss - loss_both) < 1e-6 and (alone - together).abs().max() < 1e-6
     with pytest.raises(ValueError, match="every target is -100"):
         train_step(build(seed), configure_optimizer(build(seed), TrainConfig()), [nothing], 1e-3, TrainConfig())
@@ -194,24 +200,26 @@ def test_a_micro_batch_without_targets_is_harmless(seed):
         train(build(seed), lambda i: nothing, TrainConfig(steps=2), progress=False)
 
 
-def test_stale_gradients_do_not_leak_into_a_step(seed):
+@either_way
+def test_stale_gradients_do_not_leak_into_a_step(fast, seed):
     batch = batch_of(seed, 4)
-    clean, *_ = sgd_gradient(build(seed), [batch])
+    clean, *_ = sgd_gradient(build(seed), [batch], fast=fast)
     model = build(seed)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    dirty, *_ = sgd_gradient(model, [batch])
+    dirty, *_ = sgd_gradient(model, [batch], fast=fast)
     assert torch.equal(clean, dirty)
 
 
-def test_clipping_bounds_the_step_and_keeps_the_direction(seed):
+@either_way
+def test_clipping_bounds_the_step_and_keeps_the_direction(fast, seed):
     batch = batch_of(seed, 4)
-    free, _, norm = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=0))
+    free, _, norm = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=0), fast=fast)
     limit = norm / 3
-    clipped, _, reported = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=limit))
+    clipped, _, reported = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=limit), fast=fast)
     assert abs(reported - norm) < 1e-4 * norm, "the norm is reported before clipping"
     assert (clipped - free / 3).abs().max() < 1e-5 * max(1, norm), f"seed {seed}"
-    loose, *_ = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=2 * norm))
+    loose, *_ = sgd_gradient(build(seed), [batch], TrainConfig(grad_clip=2 * norm), fast=fast)
     assert torch.equal(loose, free)
 
 
@@ -280,21 +288,60 @@ def test_due():
     assert [s for s in range(10) if is_due(s, 4, 10)] == [3, 7, 9] and [s for s in range(5) if is_due(s, 0, 5)] == [4]
 
 
-def test_run_step_numbers_its_micro_batches(seed):
-    asked, windows, model = [], windows_of(seed), build(seed)
-    cfg = TrainConfig(steps=9, accumulate=3)
-    run_step(model, configure_optimizer(model, cfg), lambda i: asked.append(i) or windows.batch(i), 4, cfg)
-    assert asked == [12, 13, 14]
+def test_the_loop_numbers_its_micro_batches_and_starts_where_it_is_told(seed):
+    asked, windows, cfg = [], windows_of(seed), TrainConfig(steps=6, accumulate=3)
+    history = train_loop(build(seed), lambda i: asked.append(i) or windows.batch(i), cfg, start=4)
+    assert asked == [12, 13, 14, 15, 16, 17] and [r["step"] for r in history] == [4, 5]
+    assert [r["lr"] for r in history] == [lr_at(4, cfg), lr_at(5, cfg)]
 
 
 def test_dropout_differs_from_step_to_step_and_comes_again_with_the_step(seed):
     cfg, batch = TrainConfig(steps=9), batch_of(seed, 4)
 
     def loss_of(step):
-        model = build(seed, dropout=0.3)
-        return run_step(model, configure_optimizer(model, cfg), lambda i: batch, step, cfg)["loss"]
+        once = replace(cfg, steps=step + 1)
+        return train_loop(build(seed, dropout=0.3), lambda i: batch, once, start=step)[0]["loss"]
 
     assert loss_of(3) == loss_of(3) and loss_of(3) != loss_of(4), f"seed {seed}"
+
+
+def test_dropout_differs_from_rank_to_rank(seed, monkeypatch):
+    """Two ranks that dropped the same units would see less variety than one process does."""
+    import minigpt_lib.training.distributed as module
+
+    seen = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(module, "current_ranks", lambda rank=rank: module.Ranks(rank, 1))
+        model = build(seed, dropout=0.3)
+        engine = Engine(model, TrainConfig())
+        assert engine.rank == rank
+        batch = batch_of(seed, 4)
+        seen.append(train_loop(model, lambda i, b=batch: b, TrainConfig(steps=1), engine=engine)[0]["loss"])
+    assert seen[0] == seen[2] != seen[1], f"seed {seed}"
+
+
+def test_the_engine_takes_the_steps_of_the_plain_loop(seed):
+    cfg = TrainConfig(steps=6, lr=3e-3, warmup=2, accumulate=2, grad_clip=0.5)
+    plain, fast = build(seed), build(seed)
+    a = train_loop(plain, windows_of(seed).batch, cfg)
+    b = train_loop(fast, windows_of(seed).batch, cfg, engine=Engine(fast, cfg))
+    assert np.abs(np.array(losses(a)) - losses(b)).max() < 1e-5, f"seed {seed}"
+    assert (flat(plain) - flat(fast)).abs().mean() < 1e-5 < (flat(plain) - flat(build(seed))).abs().mean()
+
+
+def test_adamw_follows_the_formula_where_epsilon_matters(seed):
+    """Gradients of the size of epsilon, so that another epsilon would move the weights by another amount."""
+    layer, gen = torch.nn.Linear(3, 4, bias=False).double(), torch.Generator().manual_seed(seed)
+    optimizer = configure_optimizer(layer, TrainConfig(lr=0.1, weight_decay=0.0, betas=(0.9, 0.95)))
+    w, m, v = layer.weight.detach().clone(), 0.0, 0.0
+    for t in range(1, 6):
+        g = torch.randn(4, 3, generator=gen, dtype=torch.float64) * 1e-8
+        layer.weight.grad = g.clone()
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        w = w - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        assert (layer.weight - w).abs().max() < 1e-6, f"step {t} (seed {seed})"
 
 
 @pytest.mark.parametrize("poison", ["weight", "gradient"])
@@ -310,7 +357,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_moves_nothing(poison, seed
             before["weights"] = flat(model)
         return windows.batch(i)
 
-    with pytest.raises(FloatingPointError, match=r"step 3: the loss is .*lower lr than 0\.003"):
+    said = "this step moved no weight" if poison == "gradient" else "the weights were not finite before this step"
+    with pytest.raises(FloatingPointError, match=rf"step 3: the loss is .*{said}.*lower lr than 0\.003"):
         train(model, batch_at, TrainConfig(steps=12, lr=3e-3, warmup=3), progress=False)
     assert torch.equal(flat(model), before["weights"])
 
@@ -347,8 +395,9 @@ def test_nonsense_is_refused_when_the_config_is_made(wrong, message):
 def test_pretrain_learns_and_is_reproducible(tmp_path, byte_encoding, seed):
     text = "\n<|endoftext|>\n".join(random.Random(seed).choices(["the cat sat.", "a dog ran.", "one, two."], k=60))
     (tmp_path / "train.txt").write_text(text, "utf-8")
+    (tmp_path / "other.txt").write_text(text[: len(text) // 2], "utf-8")
     config, cfg = replace(TINY, vocab_size=257), TrainConfig(steps=80, batch_size=8, lr=2e-2, eval_every=20, seed=seed)
-    options = {"config": config, "window": 16, "heldout": tmp_path / "train.txt", "device": torch.device("cpu")}
+    options = {"config": config, "window": 16, "heldout": tmp_path / "other.txt", "device": torch.device("cpu")}
     state = torch.get_rng_state()
     model, history = pretrain(
         tmp_path / "train.txt", byte_encoding, cfg, **options, folder=tmp_path / "run", progress=False
@@ -377,8 +426,11 @@ def test_pretrain_refuses_what_cannot_work(tmp_path, byte_encoding, monkeypatch)
     monkeypatch.setattr("minigpt_lib.training.run._shared_tokens", lambda *a: pytest.fail("encoded first"))
     with pytest.raises(FileNotFoundError, match=r"no corpus file .*nowhere\.txt"):
         go(config=config, window=8, heldout=tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match="the text has 10 tokens, one window of 12 needs 13"):
-        go(config=config, window=12, heldout=tmp_path / "short.txt")
+    (tmp_path / "brief.txt").write_text("brief", "utf-8")
+    with pytest.raises(ValueError, match="the text has 6 tokens, one window of 12 needs 13"):
+        go(config=config, window=12, heldout=tmp_path / "brief.txt")
+    with pytest.raises(ValueError, match=r"nothing is left to train on: .*short\.txt is held out"):
+        go(config=config, window=8, heldout=tmp_path / "short.txt")
 
 
 def test_mini_is_the_default_model(tmp_path, byte_encoding):
@@ -490,5 +542,90 @@ def test_fp16_follows_fp32_and_leaves_out_steps_that_overflow(seed, monkeypatch)
     model, batch = build(seed), batch_of(seed, 4)
     before, scaler = flat(model), torch.amp.GradScaler("cpu", init_scale=2.0**80)
     fp16 = TrainConfig(precision="fp16")
-    _, norm = train_step(model, configure_optimizer(model, fp16), [batch], 1e-3, fp16, scaler=scaler)
+    engine = Engine(model, fp16, scaler=scaler)
+    _, norm = train_step(model, configure_optimizer(model, fp16), [batch], 1e-3, fp16, engine=engine)
     assert not math.isfinite(norm) and torch.equal(flat(model), before) and scaler.get_scale() == 2.0**79
+
+
+# ---- the recipe's defaults, and what it reads ------------------------------------------------------------------------
+
+
+def test_the_recipe_has_one_set_of_defaults():
+    cfg = pretrain_config()
+    assert (cfg.steps, cfg.batch_size, cfg.lr, cfg.warmup, cfg.eval_every) == (4400, 4, 2e-3, 200, 220)
+    assert cfg.precision == "auto" and cfg.checkpoint_minutes == 10 and cfg.min_lr == 2e-3 / 20
+    short = pretrain_config(steps=30, lr=1e-2, seed=None, min_lr=None)
+    assert (short.steps, short.min_lr, short.warmup, short.eval_every, short.seed) == (30, 5e-4, 3, 1, 0)
+    assert pretrain_config(min_lr=0.0, warmup=0).min_lr == 0.0 and pretrain_config(warmup=0).warmup == 0
+
+
+def corpus_of(folder: Path, seed: int, **sizes: int) -> Path:
+    """Files NAME.txt of so many random words, each of its own alphabet, in a new folder."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    for name, n in sizes.items():
+        (folder / f"{name}.txt").write_text(" ".join(f"{name}{rng.randint(0, 9)}" for _ in range(n)), "utf-8")
+    return folder
+
+
+def test_pretrain_follows_its_own_schedule_down_to_min_lr(tmp_path, byte_encoding, seed):
+    folder, cfg = corpus_of(tmp_path / "c", seed, text=300), pretrain_config(steps=8, lr=1e-2, precision="fp32")
+    options = {"config": replace(TINY, vocab_size=257), "window": 8, "device": torch.device("cpu"), "progress": False}
+    _, history = pretrain(folder, byte_encoding, cfg, **options)
+    assert [r["lr"] for r in history] == [lr_at(step, cfg) for step in range(8)]
+    assert history[-1]["lr"] == pytest.approx(5e-4) and history[0]["val_loss"] > 0
+
+
+@pytest.mark.parametrize("given", ["folder", "files", "named", "copy"])
+def test_pretrain_never_trains_on_what_it_holds_out(given, tmp_path, byte_encoding, seed, monkeypatch, capsys):
+    import minigpt_lib.training.run as module
+
+    folder = corpus_of(tmp_path / "c", seed, a=400, heldout=200, z=100)
+    corpus, heldout = folder, None
+    if given == "files":
+        corpus = sorted(folder.glob("*.txt"))
+    elif given == "named":
+        heldout = folder / "z.txt"
+    elif given == "copy":  # the same text under another name
+        (folder / "copy of it.txt").write_bytes((folder / "heldout.txt").read_bytes())
+    read, real = [], module.TokenWindows
+
+    def spy(ids, *rest):
+        read.append(bytes(np.array(ids)[np.array(ids) < 256].astype(np.uint8)))
+        return real(ids, *rest)
+
+    monkeypatch.setattr(module, "TokenWindows", spy)
+    options = {"config": replace(TINY, vocab_size=257), "window": 8, "device": torch.device("cpu"), "heldout": heldout}
+    _, history = pretrain(corpus, byte_encoding, TrainConfig(steps=1, batch_size=2), **options)
+    secret = b"z" if given == "named" else b"heldout"
+    assert secret not in read[0] and b"a1" in read[0], f"trained on what it holds out (seed {seed})"
+    assert "val_loss" in history[-1]
+    said = capsys.readouterr().err
+    assert "z.txt, of which" in said if given == "named" else "heldout.txt, of which" in said
+    assert "training on" in said and "times" in said and "tokens" in said
+
+
+def test_a_text_without_a_held_out_part_gives_its_end(tmp_path, byte_encoding, seed, capsys):
+    folder = corpus_of(tmp_path / "c", seed, text=3000)
+    options = {"config": replace(TINY, vocab_size=257), "window": 8, "device": torch.device("cpu")}
+    n = len(encode_corpus(folder, byte_encoding))
+    _, history = pretrain(folder, byte_encoding, TrainConfig(steps=1, batch_size=2), **options)
+    held = min(n // 100 // 8, 32) * 8
+    assert f"the last {held:,} tokens" in (said := capsys.readouterr().err) and f"{n - held - 1:,} tokens" in said
+    assert "val_loss" in history[-1]
+    _, history = pretrain(folder, byte_encoding, TrainConfig(steps=1, batch_size=2), heldout=False, **options)
+    assert "held out: nothing" in (said := capsys.readouterr().err) and f"{n:,} tokens" in said
+    assert "val_loss" not in history[-1]
+
+
+def test_a_run_is_extended_and_its_first_part_stays(tmp_path, byte_encoding, seed):
+    folder = corpus_of(tmp_path / "c", seed, text=600)
+    options = {"config": replace(TINY, vocab_size=257), "window": 8, "device": torch.device("cpu"), "progress": False}
+    short, longer = (TrainConfig(steps=n, batch_size=2, lr=1e-2) for n in (4, 9))
+    _, first = pretrain(folder, byte_encoding, short, folder=tmp_path / "run", **options)
+    with pytest.warns(UserWarning, match="planned for 4 steps and now goes to 9: from step 4 on"):
+        _, both = pretrain(folder, byte_encoding, longer, folder=tmp_path / "run", **options)
+    assert both[:4] == first and [r["step"] for r in both] == list(range(9))
+    assert [r["lr"] for r in both[4:]] == [lr_at(step, longer) for step in range(4, 9)]
+    with pytest.raises(ValueError, match="has 9 steps behind it, more than steps=4"):
+        pretrain(folder, byte_encoding, short, folder=tmp_path / "run", **options)

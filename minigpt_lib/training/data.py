@@ -9,12 +9,21 @@ import torch
 
 from .loss import Batch
 
+# %% ../../notebooks/04_pretraining.ipynb #579e9788
+def _check_window(n: int, window: int, batch_size: int) -> None:
+    for name, value in (("window", window), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if n < window + 1:
+        hint = "use more text or a shorter window"
+        raise ValueError(f"the text has {n} tokens, one window of {window} needs {window + 1}: {hint}")
+
 # %% ../../notebooks/04_pretraining.ipynb #35da4b76
 class TokenWindows:
     """Batches of windows from one long row of token ids (N,), shuffled anew in every epoch.
 
-    The ids are read as a ring, cut from a new random start in each epoch into N // window pieces, so that every id
-    is a target at most once an epoch and fewer than `window` ids sit out. `batch(i)` depends on i and the seed alone.
+    The ids are a ring, cut from a new random start in each epoch into N // window pieces: every id is a target at most
+    once an epoch, fewer than `window` ids sit out. `batch(i)` depends on i and the seed alone.
     Raises ValueError for window or batch_size below 1 and for fewer than window + 1 ids.
     """
 
@@ -42,22 +51,9 @@ class TokenWindows:
         ids = torch.from_numpy(self.tokens[at].astype(np.int64))  # (B, T + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-# %% ../../notebooks/04_pretraining.ipynb #579e9788
-def _check_window(n: int, window: int, batch_size: int) -> None:
-    for name, value in (("window", window), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if n < window + 1:
-        raise ValueError(
-            f"the text has {n} tokens, one window of {window} needs {window + 1}: use more text or a shorter window"
-        )
-
 # %% ../../notebooks/04_pretraining.ipynb #361cf071
 def heldout_batches(tokens: np.ndarray, window: int, batch_size: int, limit: int | None = None) -> list[Batch]:
-    """The windows of ids (N,) in order, as batches (B, T); every target once, the last incomplete window left out.
-
-    At most `limit` batches. Raises ValueError as `TokenWindows` does.
-    """
+    """The whole windows of ids (N,) in order, as at most `limit` batches (B, T). ValueError as for `TokenWindows`."""
     _check_window(len(tokens), window, batch_size)
     n = (len(tokens) - 1) // window
     ids = torch.from_numpy(np.asarray(tokens[: n * window + 1]).astype(np.int64))  # (n * T + 1,)
