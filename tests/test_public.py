@@ -20,7 +20,7 @@ ROOM_ORDER = {  # modules, in the order in which the notebooks write them
     "text": "bpe tokenizer",
     "model": "attention gpt",
     "training": "loss data token_files optim distributed monitor checkpoint loop run",
-    "weights": "crc32c stored tf_checkpoint hub convert pretrained verify",
+    "weights": "convert crc32c stored tf_checkpoint hub pretrained verify",
     "generation": "sampling kv_cache decode quantized compiled prompt_lookup native",
     "tuning": "lora peft_io records chat_template batching sft metrics",
     "chat": "session inspect pages layout handlers app",
