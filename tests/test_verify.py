@@ -21,7 +21,6 @@ from minigpt_lib.weights.verify import (
     continue_rows,
     format_checks,
     known_goldens,
-    last_logits,
     verify,
     write_goldens,
 )
@@ -113,7 +112,7 @@ def test_left_padded_rows_continue_as_alone(folder):
     model = load_pretrained(folder)
     rows = [[5, 6, 7, 8, 9, 1], [3], [4, 4, 2]]
     assert continue_rows(model, rows, 7) == [continue_rows(model, [row], 7)[0] for row in rows]
-    assert continue_rows(model, [rows[0]], 1)[0][0] == last_logits(model, rows[0]).argmax().item()
+    assert continue_rows(model, [rows[0]], 1)[0][0] == model.last_logits(torch.tensor([rows[0]])).argmax().item()
 
 
 @pytest.mark.parametrize("kind", ["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.bias", "ln_2.weight"])
@@ -204,7 +203,7 @@ def test_the_exit_code_says_pass_fail_and_absent(folder, tmp_path, capsys, monke
     def absent(name):
         raise FetchError("not in the cache")
 
-    monkeypatch.setattr("minigpt_lib.weights.convert.fetch", absent)
+    monkeypatch.setattr("minigpt_lib.weights.pretrained.fetch", absent)
     capsys.readouterr()
     assert main(["verify", "gpt2"]) == 3
     err = capsys.readouterr().err

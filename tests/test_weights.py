@@ -22,6 +22,7 @@ from minigpt_lib.paths import MODEL_NAMES, ModelChoice, choose_model
 from minigpt_lib.weights import pretrained as weights
 from minigpt_lib.weights.convert import (
     TRANSPOSED,
+    WeightsError,
     config_from_hf,
     config_to_hf,
     from_hf_state,
@@ -30,7 +31,7 @@ from minigpt_lib.weights.convert import (
 )
 from minigpt_lib.weights.hub import fetch
 from minigpt_lib.weights.pretrained import load_course_model, load_pretrained, save_pretrained
-from minigpt_lib.weights.stored import WeightsError, read_safetensors
+from minigpt_lib.weights.stored import read_safetensors
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
