@@ -4,7 +4,6 @@ from minigpt_lib.text.bpe import BPETokenizer as BPETokenizer
 from minigpt_lib.text.bpe import ENDOFTEXT as ENDOFTEXT
 from minigpt_lib.text.bpe import GPT2_PATTERN as GPT2_PATTERN
 from minigpt_lib.text.bpe import PairIndex as PairIndex
-from minigpt_lib.text.bpe import Vocabulary as Vocabulary
 from minigpt_lib.text.bpe import check_ranks as check_ranks
 from minigpt_lib.text.bpe import count_pretokens as count_pretokens
 from minigpt_lib.text.bpe import iter_merges as iter_merges
@@ -14,7 +13,16 @@ from minigpt_lib.text.bpe import neighbours as neighbours
 from minigpt_lib.text.bpe import replace_surrogates as replace_surrogates
 from minigpt_lib.text.bpe import split_special as split_special
 from minigpt_lib.text.bpe import train_bpe as train_bpe
+from minigpt_lib.text.tokenizer import EncodingWithEnd as EncodingWithEnd
+from minigpt_lib.text.tokenizer import Parts as Parts
+from minigpt_lib.text.tokenizer import byte_letters as byte_letters
 from minigpt_lib.text.tokenizer import load_ranks as load_ranks
 from minigpt_lib.text.tokenizer import load_tokenizer as load_tokenizer
+from minigpt_lib.text.tokenizer import merges_of_ranks as merges_of_ranks
+from minigpt_lib.text.tokenizer import ranks_of_merges as ranks_of_merges
 from minigpt_lib.text.tokenizer import save_ranks as save_ranks
+from minigpt_lib.text.tokenizer import save_tokenizer as save_tokenizer
+from minigpt_lib.text.tokenizer import spell as spell
 from minigpt_lib.text.tokenizer import train_tokenizer as train_tokenizer
+from minigpt_lib.text.tokenizer import unspell as unspell
+from minigpt_lib.text.tokenizer import vocabulary_cache as vocabulary_cache

@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import regex
 
-
 # %% auto #0
 __all__ = ['ENDOFTEXT', 'GPT2_PATTERN', 'neighbours', 'merge_pair', 'split_special', 'replace_surrogates', 'count_pretokens',
-           'PairIndex', 'iter_merges', 'train_bpe', 'merge_bytes', 'check_ranks', 'Vocabulary', 'BPETokenizer']
+           'PairIndex', 'iter_merges', 'train_bpe', 'merge_bytes', 'check_ranks', 'BPETokenizer']
 
 # %% ../../notebooks/01_tokenization.ipynb #16a065b1
 def neighbours(word: list[bytes]) -> list[tuple[bytes, bytes]]:
@@ -47,17 +46,18 @@ def split_special(text: str, special: Collection[str]) -> list[str]:
     longest_first = sorted(special, key=len, reverse=True)
     return regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text)
 
-# %% ../../notebooks/01_tokenization.ipynb #aee802b4
+
 def replace_surrogates(text: str) -> str:
     """`text` with every lone surrogate (half of a UTF-16 pair, which UTF-8 can't express) replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-
+# %% ../../notebooks/01_tokenization.ipynb #aee802b4
 def count_pretokens(
     texts: Iterable[str], pattern: str = GPT2_PATTERN, special: Collection[str] = (ENDOFTEXT,)
 ) -> Counter[bytes]:
     """How often each pre-token (a piece that `pattern` matches, as UTF-8 bytes) occurs; special tokens are left out."""
-    compiled, counts = regex.compile(pattern), Counter()
+    compiled = regex.compile(pattern)
+    counts: Counter[str] = Counter()
     for text in texts:
         for part in split_special(replace_surrogates(text), special)[::2]:
             counts.update(compiled.findall(part))
@@ -85,7 +85,7 @@ class PairIndex:
         """The most frequent pair and its count; None when every word is a single token."""
         while self.heap:
             negative, pair = heapq.heappop(self.heap)
-            if self.counts[pair] == -negative > 0:
+            if negative < 0 and self.counts[pair] == -negative:
                 return pair, -negative
         return None
 
@@ -137,17 +137,34 @@ def train_bpe(
         ranks[left + right] = len(ranks)
     return ranks
 
-# %% ../../notebooks/01_tokenization.ipynb #283af9fa
+# %% ../../notebooks/01_tokenization.ipynb #9880a5d3
 def merge_bytes(piece: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Cut a pre-token into tokens: join the neighbours of lowest rank, the leftmost first, until none has a rank."""
-    parts = [bytes([b]) for b in piece]
-    while len(parts) > 1:
-        joined = [left + right for left, right in neighbours(parts)]
-        i = min(range(len(joined)), key=lambda j: ranks.get(joined[j], len(ranks)))
-        if joined[i] not in ranks:
-            break
-        parts[i : i + 2] = [joined[i]]
-    return parts
+    """Cut a pre-token into tokens: join the neighbours of lowest rank, the leftmost first, until none has a rank.
+
+    A heap holds the possible joins, so n bytes take about n log n steps.
+    """
+    parts, n = [bytes([b]) for b in piece], len(piece)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    heap: list[tuple[int, int, bytes]] = []
+
+    def offer(i: int) -> None:
+        """Put the join of part i with the one after it on the heap, if it makes a token."""
+        if i >= 0 and after[i] < n and (joined := parts[i] + parts[after[i]]) in ranks:
+            heapq.heappush(heap, (ranks[joined], i, joined))
+
+    for i in range(n):
+        offer(i)
+    while heap:
+        _, i, joined = heapq.heappop(heap)
+        j = after[i]
+        if not parts[i] or j == n or parts[i] + parts[j] != joined:
+            continue  # stale: one of the two has been joined with another since
+        parts[i], parts[j], after[i] = joined, b"", after[j]
+        if after[j] < n:
+            before[after[j]] = i
+        offer(before[i])
+        offer(i)
+    return [part for part in parts if part]
 
 # %% ../../notebooks/01_tokenization.ipynb #aa7dc85f
 def check_ranks(ranks: Mapping[bytes, int], source: str = "ranks") -> None:
@@ -158,22 +175,26 @@ def check_ranks(ranks: Mapping[bytes, int], source: str = "ranks") -> None:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{source}: the ranks of {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
 
-# %% ../../notebooks/01_tokenization.ipynb #264c684c
-class Vocabulary:
-    """Token ids and the bytes behind them.
+# %% ../../notebooks/01_tokenization.ipynb #989ee68c
+class BPETokenizer:
+    """A byte-level BPE in plain Python that gives the ids of a `tiktoken.Encoding` (Radford et al. 2019, section 2.2).
 
     `ranks` maps token bytes to ids 0 to n-1 in the order of the merges, `special` maps special tokens to their ids
-    (default: `<|endoftext|>` gets the id after the last rank).
+    (default: `<|endoftext|>` gets the id after the last rank); `pattern` cuts text into pre-tokens.
     """
 
-    def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, ranks: Mapping[bytes, int], pattern: str = GPT2_PATTERN, special: Mapping[str, int] | None = None
+    ) -> None:
         check_ranks(ranks)
-        self.ranks = dict(ranks)
+        self.ranks, self.pattern = dict(ranks), pattern
         self.special = {ENDOFTEXT: len(ranks)} if special is None else dict(special)
         self.token_bytes = {i: token for token, i in self.ranks.items()}
         self.token_bytes |= {i: token.encode() for token, i in self.special.items()}
         if len(self.token_bytes) != len(self.ranks) + len(self.special):
             raise ValueError(f"the ids of the special tokens {self.special} clash with the ranks or with each other")
+        self._cut = regex.compile(pattern).findall
+        self._seen: dict[str, list[int]] = {}
 
     @property
     def n_vocab(self) -> int:
@@ -184,33 +205,6 @@ class Vocabulary:
     def eot_token(self) -> int:
         """The id of `<|endoftext|>`."""
         return self.special[ENDOFTEXT]
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind `ids`, joined. Raises ValueError for an id outside the vocabulary."""
-        ids = [int(i) for i in ids]
-        unknown = [i for i in ids if i not in self.token_bytes]
-        if unknown:
-            raise ValueError(f"token id {unknown[0]} is not in the vocabulary, whose ids end at {self.n_vocab - 1}")
-        return b"".join(self.token_bytes[i] for i in ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text behind `ids`; bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-# %% ../../notebooks/01_tokenization.ipynb #989ee68c
-class BPETokenizer(Vocabulary):
-    """A byte-level BPE in plain Python that gives the ids of a `tiktoken.Encoding` (Radford et al. 2019, section 2.2).
-
-    `ranks` and `special` as in `Vocabulary`; `pattern` cuts text into pre-tokens.
-    """
-
-    def __init__(
-        self, ranks: Mapping[bytes, int], pattern: str = GPT2_PATTERN, special: Mapping[str, int] | None = None
-    ) -> None:
-        super().__init__(ranks, special)
-        self.pattern = pattern
-        self._cut = regex.compile(pattern).findall
-        self._cache: dict[str, list[int]] = {}
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens in it are ordinary characters. Lone surrogates become U+FFFD."""
@@ -227,11 +221,23 @@ class BPETokenizer(Vocabulary):
         return [i for k, part in enumerate(parts)
                 for i in ([self.special[part]] if k % 2 else self.encode_ordinary(part))]
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind `ids`, joined. Raises ValueError for an id outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        unknown = [i for i in ids if i not in self.token_bytes]
+        if unknown:
+            raise ValueError(f"token id {unknown[0]} is not in the vocabulary, whose ids end at {self.n_vocab - 1}")
+        return b"".join(self.token_bytes[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text behind `ids`; bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
     def _piece_ids(self, piece: str) -> list[int]:
-        if piece not in self._cache:
+        if piece not in self._seen:
             raw = piece.encode()
             tokens = [raw] if raw in self.ranks else merge_bytes(raw, self.ranks)
-            if len(self._cache) > 50_000:
-                self._cache.clear()
-            self._cache[piece] = [self.ranks[token] for token in tokens]
-        return self._cache[piece]
+            if len(self._seen) > 50_000:
+                self._seen.clear()
+            self._seen[piece] = [self.ranks[token] for token in tokens]
+        return self._seen[piece]
