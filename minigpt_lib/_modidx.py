@@ -959,8 +959,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'minigpt_lib/weights/pretrained.py'),
                                                 'minigpt_lib.weights.pretrained._put_in_place': ( 'load_pretrained.html#_put_in_place',
                                                                                                   'minigpt_lib/weights/pretrained.py'),
-                                                'minigpt_lib.weights.pretrained._save_tokenizer': ( 'load_pretrained.html#_save_tokenizer',
-                                                                                                    'minigpt_lib/weights/pretrained.py'),
                                                 'minigpt_lib.weights.pretrained._token_ids': ( 'load_pretrained.html#_token_ids',
                                                                                                'minigpt_lib/weights/pretrained.py'),
                                                 'minigpt_lib.weights.pretrained._write_all': ( 'load_pretrained.html#_write_all',

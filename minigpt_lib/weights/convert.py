@@ -164,7 +164,7 @@ def from_openai_names(tensors: Mapping[str, T]) -> dict[str, T]:
         out[name] = t
     return out
 
-# %% ../../notebooks/05_loading_weights.ipynb #2ac5371a
+# %% ../../notebooks/05_loading_weights.ipynb #6e63532e
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate")  # one function
 _LARGEST = {"vocab_size": 2**24, "n_ctx": 2**20, "n_embd": 2**16, "n_layer": 1000, "n_head": 2**12}
 
@@ -175,7 +175,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> GPTConfig:
     Raises WeightsError for a missing field, for variants of GPT-2 that this model does not compute and for sizes far
     beyond any GPT-2, which are taken for damage.
     """
-    sizes = {k: hf.get(k) for k in ("vocab_size", "n_embd", "n_layer", "n_head")}
+    sizes: dict[str, Any] = {k: hf.get(k) for k in ("vocab_size", "n_embd", "n_layer", "n_head")}
     sizes["n_ctx"] = hf.get("n_positions", hf.get("n_ctx"))
     if missing := [{"n_ctx": "n_positions"}.get(k, k) for k, size in sizes.items() if size is None]:
         raise WeightsError(f"config.json lacks {', '.join(missing)}")

@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['HUB', 'OPENAI', 'short_name', 'check_sha256', 'fetch', 'openai_cache', 'fetch_openai']
 
-# %% ../../notebooks/05c_load_pretrained.ipynb #24894b24
+# %% ../../notebooks/05c_load_pretrained.ipynb #39c76480
 import hashlib
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from ..atomic import write_atomically
 from ..download import FetchError, download, offline, openai_url
+from ..paths import cache_dir
 from .convert import WeightsError
 
 # %% ../../notebooks/05c_load_pretrained.ipynb #28f0cdf3
@@ -91,7 +91,7 @@ def _reach(url: str, timeout: float) -> None:
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
-# %% ../../notebooks/05c_load_pretrained.ipynb #df1bab38
+# %% ../../notebooks/05c_load_pretrained.ipynb #bf536f29
 def _stated_sha256(repo: str, revision: str, weights: Path, timeout: float) -> str | None:
     """What the hub states for a file that is no link to its hash, asked once and kept beside it; None: not known."""
     note = weights.with_name(weights.name + ".sha256")
@@ -102,11 +102,11 @@ def _stated_sha256(repo: str, revision: str, weights: Path, timeout: float) -> s
 
         with suppress(Exception):  # the hub's own, the HTTP library's and the system's errors: then it is not known
             stated = get_hf_file_metadata(hf_hub_url(repo, weights.name, revision=revision), timeout=timeout).etag
-            if re.fullmatch(r"[0-9a-f]{64}", stated or ""):
-                write_atomically(note, lambda path: path.write_text(stated, "utf-8"))
+            if stated is not None and re.fullmatch(r"[0-9a-f]{64}", stated):
+                write_atomically(note, lambda path: path.write_text(str(stated), "utf-8"))
     return note.read_text("utf-8") if note.is_file() else None
 
-# %% ../../notebooks/05c_load_pretrained.ipynb #7bad0e6c
+# %% ../../notebooks/05c_load_pretrained.ipynb #7b155ceb
 OPENAI = {  # name: (folder on OpenAI's server, parameters, MD5 of the numbers where one source states it)
     "gpt2": ("124M", 124_439_808, "f48b9cf1a525a603be52258f69bf9162"),
     "gpt2-medium": ("355M", 354_823_168, None),
@@ -116,9 +116,8 @@ OPENAI = {  # name: (folder on OpenAI's server, parameters, MD5 of the numbers w
 
 
 def openai_cache() -> Path:
-    """Where OpenAI's files are kept: MINIGPT_CACHE, else minigpt/ in XDG_CACHE_HOME or ~/.cache."""
-    chosen = os.environ.get("MINIGPT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
+    """The folder whose `openai/` keeps OpenAI's files: `cache_dir()`."""
+    return cache_dir()
 
 
 def fetch_openai(name: str, folder: Path | None = None) -> Path:

@@ -253,7 +253,7 @@ def safetensors_entries(folder: Path) -> dict[str, StoredTensor]:
         raise WeightsError(f"{index} and its files list different tensors: {', '.join(wrong[:4])}")
     return {name: t for _, name, t in found}
 
-# %% ../../notebooks/05b_checkpoint_files.ipynb #901d8627
+# %% ../../notebooks/05b_checkpoint_files.ipynb #c32d2b68
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors (CPU, any order) as one safetensors file, with the CRC-32C of each in the metadata.
 
@@ -272,4 +272,4 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for data in raw.values():
-            f.write(data)
+            f.write(data.data)

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['read_table', 'read_bundle']
 
-# %% ../../notebooks/05b_checkpoint_files.ipynb #90618795
+# %% ../../notebooks/05b_checkpoint_files.ipynb #13f5b819
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,10 +91,11 @@ def read_table(path: Path) -> dict[bytes, bytes]:
     except (WeightsError, IndexError, struct.error) as error:
         raise WeightsError(f"{path} is damaged: {error}") from error
 
-# %% ../../notebooks/05b_checkpoint_files.ipynb #daa85585
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+# %% ../../notebooks/05b_checkpoint_files.ipynb #af090430
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Number and content of each field of a protocol buffer: whole numbers, or the bytes of nested messages."""
     at = 0
+    value: int | bytes
     while at < len(data):
         tag, at = _varint(data, at)
         if tag & 7 == 0:
@@ -142,8 +144,8 @@ def read_bundle(prefix: Path) -> dict[str, StoredTensor]:
         _check_size(file, max((t.end for t in found.values() if t.path == file), default=0))
     return found
 
-# %% ../../notebooks/05b_checkpoint_files.ipynb #405abe21
-def _stored(name: str, entry: Mapping[int, int | bytes], files: list[Path]) -> StoredTensor:
+# %% ../../notebooks/05b_checkpoint_files.ipynb #843d9af8
+def _stored(name: str, entry: Mapping[int, Any], files: list[Path]) -> StoredTensor:
     """One BundleEntryProto."""
     if 7 in entry:
         raise WeightsError(f"{name} is stored in slices")

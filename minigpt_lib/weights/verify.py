@@ -73,7 +73,7 @@ def _logits_after(model: GPTLanguageModel, ids: Sequence[int]) -> torch.Tensor:
     with torch.no_grad():
         return model.last_logits(torch.tensor([list(ids)], device=model.wte.weight.device))[0].float().cpu()
 
-# %% ../../notebooks/05c_load_pretrained.ipynb #cc1d70ec
+# %% ../../notebooks/05c_load_pretrained.ipynb #594895ef
 @dataclass(frozen=True)
 class Check:
     """One comparison; `passed` is None where nothing is known to compare with."""
@@ -85,7 +85,7 @@ class Check:
     passed: bool | None
 
 
-def _exact(name: str, expected: object, got: object) -> Check:
+def _exact(name: str, expected: Any, got: Any) -> Check:
     """Both must be equal; `expected` None: not pinned."""
     if expected is None:
         return Check(name, "not pinned", str(got), "", None)
@@ -103,7 +103,7 @@ def _close(name: str, expected: Mapping[str, float], got: torch.Tensor, toleranc
     worst = max(expected, key=lambda i: abs(found[i] - expected[i]))
     difference = abs(found[worst] - expected[worst])
     shown = [f"{worst}: {values[worst]:.5f}" for values in (expected, found)]
-    return Check(name, *shown, f"{difference:.1e} (to {tolerance:.0e})", difference <= tolerance)
+    return Check(name, shown[0], shown[1], f"{difference:.1e} (to {tolerance:.0e})", difference <= tolerance)
 
 
 def _short(value: object) -> str:
