@@ -20,8 +20,8 @@ from .convert import WeightsError, parameter_shapes
 from .hub import HUB, OPENAI, short_name
 from .pretrained import load_pretrained, model_folder
 
-# %% ../../notebooks/05c_load_pretrained.ipynb #14f717db
-GOLDENS: dict[str, dict[str, Any]] = {  # ids without a leading <|endoftext|>
+# %% ../../notebooks/05c_load_pretrained.ipynb #17187fad
+GOLDENS = {  # ids without a leading <|endoftext|>
     "gpt2": {
         "parameters": 124_439_808,
         "sha256": HUB["gpt2"][2],
@@ -52,7 +52,7 @@ GOLDENS: dict[str, dict[str, Any]] = {  # ids without a leading <|endoftext|>
     "gpt2-medium": {"parameters": 354_823_168},  # of the larger three no more is known here
     "gpt2-large": {"parameters": 774_030_080},
     "gpt2-xl": {"parameters": 1_557_611_200},
-}
+}  # type: dict[str, dict[str, Any]]
 
 # %% ../../notebooks/05c_load_pretrained.ipynb #d3aa1270
 @torch.no_grad()
