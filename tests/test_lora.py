@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import random
 import warnings
 
@@ -13,8 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minigpt_lib.generation import FastGPT
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
+from minigpt_lib.tuning.adapters import use_adapters
 from minigpt_lib.tuning.lora import (
     LoRAConfig,
     LoRALinear,
@@ -28,10 +32,10 @@ from minigpt_lib.tuning.lora import (
     remove_lora,
     target_layers,
     unmerge_lora,
-    use_adapters,
 )
 from minigpt_lib.tuning.peft_io import load_adapter, read_adapter_config, save_adapter
 from minigpt_lib.weights.convert import to_hf_state
+from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
 SHAPE = {"vocab_size": 61, "n_ctx": 24, "n_embd": 24, "n_layer": 2, "n_head": 3}
 TARGETS = [("c_attn",), ("c_attn", "mlp.c_proj"), ("c_attn", "c_proj", "c_fc"), ("attn.c_proj", "c_fc")]
@@ -138,6 +142,25 @@ def test_a_is_drawn_as_peft_draws_it(seed):
     bound = 1 / math.sqrt(400)
     assert A.abs().max() <= bound and A.abs().max() > 0.98 * bound
     assert abs(A.std().item() / (bound / math.sqrt(3)) - 1) < 0.03
+
+
+def test_a_seed_gives_the_same_adapter_on_every_device(seed, monkeypatch):
+    """A is drawn on the CPU and then moved; a CUDA generator would give other numbers. No GPU needed: fake tensors."""
+    drawn, kaiming = [], nn.init.kaiming_uniform_
+
+    def noted(t: torch.Tensor, **options) -> torch.Tensor:
+        drawn.extend([t.device.type] * (len(t) == 3))  # A, and not the layers' own weights
+        return kaiming(t, **options)
+
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", noted)
+    LoRALinear(nn.Linear(7, 9), LoRAConfig(3))
+    layer = nn.Linear(7, 9, device="meta")
+    assert LoRALinear(layer, LoRAConfig(3)).adapters["default"].lora_A.is_meta
+    with FakeTensorMode():
+        layer.weight = nn.Parameter(torch.empty(9, 7, device="cuda"))
+        branch = LoRALinear(layer, LoRAConfig(3)).adapters["default"]
+        assert (branch.lora_A.device.type, branch.lora_B.device.type) == ("cuda", "cuda")
+    assert drawn == ["cpu", "meta", "cpu"]
 
 
 def test_dropout_only_on_the_branch(seed):
@@ -492,6 +515,41 @@ def test_merge_in_half_precision_rounds_once(model):
     assert all(torch.equal(model.get_parameter(name), p) for name, p in base.items())
 
 
+def test_inside_disabled_a_merged_model_shows_its_base(model, idx, tmp_path):
+    """Whoever looks at the weights inside the block sees the base: a copy on disk, a fast version, a state dict."""
+    base, weights = logits(model, idx), {name: p.clone() for name, p in model.named_parameters()}
+    merge_lora(shake(add_lora(model, r=3)))
+    tuned = logits(model, idx)
+    layer = model.h[0].attn.c_attn
+    kept = layer.weight.clone()
+    with lora_disabled(model), lora_disabled(model):
+        assert torch.equal(layer.weight, weights["h.0.attn.c_attn.weight"])
+        assert torch.equal(layer.effective_weight(), layer.weight) and not layer.pending
+        save_pretrained(model, tmp_path)
+        fast = FastGPT(model, compile=False)
+        for call in (merge_lora, unmerge_lora, remove_lora, lambda m: add_lora(m, name="other")):
+            with pytest.raises(ValueError, match="inside lora_disabled"):
+                call(model)
+    assert torch.equal(logits(load_pretrained(tmp_path), idx), base) and not torch.equal(tuned, base)
+    assert torch.allclose(logits(fast, idx), base, atol=1e-4)
+    assert torch.equal(layer.weight, kept) and torch.equal(logits(model, idx), tuned)
+    unmerge_lora(model)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in weights.items())
+
+
+def test_effective_weight(model, idx):
+    shake(add_lora(model, r=3))
+    layer, x = model.h[0].attn.c_attn, torch.randn(4, SHAPE["n_embd"])
+    before = layer.weight.clone()
+    assert layer.pending and torch.allclose(F.linear(x, layer.effective_weight(), layer.bias), layer(x), atol=1e-5)
+    assert not torch.equal(layer.effective_weight(), before)
+    with lora_disabled(model):
+        assert not layer.pending and torch.equal(layer.effective_weight(), before)
+    unmerged = layer.effective_weight()
+    merge_lora(model)
+    assert not layer.pending and torch.equal(layer.effective_weight(), unmerged) and torch.equal(layer.weight, unmerged)
+
+
 def test_disabled_comes_back_also_after_an_error(model, idx):
     base = logits(model, idx)
     shake(add_lora(model, r=2))
@@ -551,6 +609,68 @@ def test_we_read_pefts(exact, idx, tmp_path, targets, rslora):
     base = logits(exact, idx)
     load_adapter(exact, tmp_path)
     assert_close_but_moved(logits(exact, idx), logits(theirs, idx), base)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"]},
+        {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"h.1.attn.c_attn": 2, "c_fc": 5}},
+        {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 1}, "alpha_pattern": {"h.0.attn.c_attn": 9}},
+        {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": "pissa"},
+        {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "rank_pattern": {"h.0.attn.c_attn": 5}},
+        {"target_modules": ["c_attn"], "init_lora_weights": "gaussian"},
+        {"target_modules": ["c_attn"], "init_lora_weights": False},
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values()),
+)
+def test_we_read_pefts_variants(model, idx, tmp_path, options, rslora):
+    wanted = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", use_rslora=rslora, **options)
+    base = logits(model, idx)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = shake(peft.get_peft_model(hf_twin(model), wanted), 0.05).eval()
+        theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(model), tmp_path)
+    want = logits(theirs, idx)
+    assert_close_but_moved(logits(ours, idx), want, base, 2e-5)
+    save_adapter(ours, tmp_path / "again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = peft.PeftModel.from_pretrained(hf_twin(model), tmp_path / "again").eval()
+    assert_close_but_moved(logits(back, idx), want, base, 2e-5)
+    assert_close_but_moved(logits(merge_lora(ours), idx), want, base, 2e-5)
+
+
+def test_files_get_the_permissions_of_any_new_file(model, tmp_path):
+    if os.name != "posix":
+        pytest.skip("permissions are POSIX's")
+    before = os.umask(0o027)
+    try:
+        save_adapter(shake(add_lora(model, r=2)), tmp_path)
+    finally:
+        os.umask(before)
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == {
+        "adapter_config.json": "0o640", "adapter_model.safetensors": "0o640",
+    }  # fmt: skip
+
+
+def test_ranks_of_their_own_there_and_back(exact, idx, tmp_path):
+    base, twin = logits(exact, idx), hf_twin(exact)
+    own = {"ranks": {"c_fc": 6}, "alphas": {"h.1.mlp.c_fc": 2}}
+    add_lora(exact, r=3, alpha=5, targets=("c_attn.q", "c_attn.v", "c_fc"), **own)
+    shake(exact)
+    assert len(exact.h[0].mlp.c_fc.adapters["default"].lora_A) == 6
+    assert exact.h[1].mlp.c_fc.adapters["default"].scaling == 2 / 6
+    save_adapter(exact, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    assert_close_but_moved(logits(exact, idx), logits(theirs, idx), base)
+    with pytest.raises(ValueError, match="r=3"):
+        LoRAConfig(r=3, ranks=(("c_fc", 0),))
 
 
 def test_file_layout_and_round_trip(model, idx, tmp_path):
@@ -657,7 +777,17 @@ def change_config(folder, **changes) -> None:
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"h.0": 2}}, "rank_pattern"),
+        ({"rank_pattern": {r"h\\.0.*": 2}}, "rank_pattern holds the regular expression"),
+        ({"rank_pattern": {"c_attn": 2}}, r"shape \(3, 24\).*needs \(2, 24\)"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"alora_invocation_tokens": [3, 4]}, r"alora_invocation_tokens=\[3, 4\]"),
+        ({"corda_config": {"a": 1}}, "corda_config="),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"a_variant_of_next_year": "on"}, "a_variant_of_next_year='on'"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["wte"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"target_modules": "c_.*"}, "target_modules is 'c_.*'"),

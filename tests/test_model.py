@@ -4,6 +4,8 @@ import copy
 import math
 import random
 from dataclasses import FrozenInstanceError
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from oracles import AppendingStore, assert_close
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minigpt_lib.model.gpt import (
@@ -20,7 +23,7 @@ from minigpt_lib.model.gpt import (
     GPTConfig,
     GPTLanguageModel,
     LayerNorm,
-    Transformer,
+    check_input,
     next_token_loss,
     padding_mask,
 )
@@ -149,7 +152,6 @@ def test_parameter_names_are_gpt2s():
     model = GPTLanguageModel(config)
     assert sorted(name for name, _ in model.named_parameters()) == sorted(theirs)
     assert sorted(model.state_dict()) == sorted([*theirs, "lm_head.weight"])
-    assert sorted(name for name, _ in Transformer(config).named_parameters()) == sorted(theirs)
 
 
 # ---- the parts ----
@@ -557,3 +559,97 @@ def test_the_model_compiles_without_a_graph_break():
     idx = some_ids(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(idx, idx)[1], model(idx, idx)[1], 1e-6)
+
+
+# ---- the type of the logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_weights_are_float32_and_not_rounded(dtype):
+    """Two tokens whose scores are far from 0 and close together: rounded to bfloat16 they would tie."""
+    model = tiny_model(n_embd=64, n_head=4).to(dtype)
+    with torch.no_grad():
+        model.ln_f.bias.fill_(4.0)  # scores far from 0, as GPT-2's are
+        idx, store = some_ids(model), AppendingStore()
+        x, W = model.hidden_states(idx), model.wte.weight
+        want = x.double() @ W.double().T  # (B, T, vocab_size)
+        for logits in (model(idx)[0], model(idx, idx)[0], model(idx, kv_cache=store)[0]):
+            assert logits.dtype == torch.float32
+            assert_close(logits.double(), want, 1e-4)
+        assert_close(model.last_logits(idx).double(), want[:, -1], 1e-4)
+    assert (want.to(dtype).double() - want).abs().max() > 1e-3  # rounding would have shown
+    logits, loss = model(idx, idx)  # with gradients the product is the layer's own
+    loss.backward()
+    assert logits.dtype == torch.float32 and model.wte.weight.grad.isfinite().all()
+
+
+def test_logits_keep_float32_and_float64():
+    model = tiny_model()
+    idx = some_ids(model)
+    assert model(idx)[0].dtype == model.last_logits(idx).dtype == torch.float32
+    assert model.double()(idx)[0].dtype == torch.float64
+    with torch.no_grad():
+        assert model(idx)[0].dtype == torch.float64
+
+
+def test_logits_are_float32_under_autocast():
+    model = tiny_model()
+    idx = some_ids(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx)[0].dtype == torch.float32
+
+
+def test_on_a_gpu_the_head_multiplies_into_float32(monkeypatch):
+    """No GPU needed: fake tensors say which product would run there, and what comes out."""
+    lm_head = nn.Linear(32, 64, bias=False, device="meta")
+    with FakeTensorMode():
+        lm_head.weight = nn.Parameter(torch.empty(64, 32, dtype=torch.bfloat16, device="cuda"))
+        x = torch.empty(2, 5, 32, dtype=torch.bfloat16, device="cuda")
+        asked, mm = [], torch.mm
+        monkeypatch.setattr(torch, "mm", lambda *a, **options: asked.append(options) or mm(*a, **options))
+        head = partial(GPTLanguageModel.head, SimpleNamespace(lm_head=lm_head))
+        with torch.no_grad():
+            logits, last = head(x), head(torch.empty(2, 32, dtype=torch.bfloat16, device="cuda"))
+        assert asked == [{"out_dtype": torch.float32}] * 2
+        assert (logits.shape, logits.dtype, logits.device.type) == ((2, 5, 64), torch.float32, "cuda")
+        assert (last.shape, last.dtype) == ((2, 64), torch.float32)
+
+
+# ---- ids on a GPU
+
+
+@pytest.mark.parametrize(
+    "T, training, capturing, looks",
+    [(5, False, False, 1), (1, False, False, 0), (5, True, False, 0), (5, False, True, 0)],
+)
+def test_ids_on_a_gpu_are_looked_at_where_it_costs_little(monkeypatch, T, training, capturing, looks):
+    """An id without a row ends every later CUDA call of the process; a look at one new token would wait each time."""
+    seen = []
+    monkeypatch.setattr("minigpt_lib.model.gpt.check_ids", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    config = tiny_config()
+    with FakeTensorMode():
+        idx = torch.zeros(2, T, dtype=torch.int64, device="cuda")
+        check_input(idx, config, 0, None, training)
+    assert len(seen) == looks and all(a[1] is idx and a[2] == config.vocab_size for a in seen)
+
+
+# ---- other programs that run the model
+
+
+def test_exported_with_a_length_that_is_left_open():
+    model = tiny_model(n_ctx=64)
+    T = torch.export.Dim("T", min=2, max=64)
+    program = torch.export.export(model, (some_ids(model, 1, 9),), dynamic_shapes={"idx": {1: T}})
+    for n in (2, 17, 64):
+        idx = some_ids(model, 1, n)
+        assert_close(program.module()(idx)[0], model(idx)[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # jit is deprecated, and warns of every size that becomes a constant
+def test_traced():
+    model = tiny_model().requires_grad_(False)
+    idx = some_ids(model, 1, 9)
+    traced = torch.jit.trace(lambda idx: model(idx)[0], idx, check_trace=False)
+    other = some_ids(model, 1, 9)
+    assert_close(traced(other), model(other)[0])

@@ -22,7 +22,7 @@ ROOM_ORDER = {  # modules, in the order in which the notebooks write them
     "training": "loss data token_files optim distributed monitor checkpoint loop run",
     "weights": "convert crc32c stored tf_checkpoint hub pretrained verify",
     "generation": "sampling kv_cache decode quantized compiled prompt_lookup native",
-    "tuning": "lora peft_io records chat_template batching sft metrics",
+    "tuning": "lora adapters peft_io records chat_template batching sft metrics",
     "chat": "session inspect pages layout handlers app",
 }
 ORDER = ["devices", "paths", "atomic", "download"]

@@ -10,7 +10,6 @@ from minigpt_lib.model.gpt import GPTLanguageModel as GPTLanguageModel
 from minigpt_lib.model.gpt import LayerNorm as LayerNorm
 from minigpt_lib.model.gpt import MLP as MLP
 from minigpt_lib.model.gpt import PRESETS as PRESETS
-from minigpt_lib.model.gpt import Transformer as Transformer
 from minigpt_lib.model.gpt import check_ids as check_ids
 from minigpt_lib.model.gpt import check_input as check_input
 from minigpt_lib.model.gpt import next_token_loss as next_token_loss

@@ -51,10 +51,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     of the S positions), else boolean, broadcastable to (..., T, S), True = may look.
     """
     T, S = q.size(-2), k.size(-2)
+    square = bool(T == S)  # a plain bool also where T is a symbol, as in torch.export
     # is_causal aligns the triangle to the upper left corner, which is right only for T == S
-    if mask is None and 1 < T < S:
+    if mask is None and not square and T > 1:
         mask = causal_mask(T, S, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and 1 < T == S)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and square)
 
 # %% ../../notebooks/02_attention.ipynb #3b5095e1
 class KVStore(Protocol):
@@ -96,13 +97,18 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)  # (B, nh, T, hs) each
         if kv_cache is not None:
             k, v = kv_cache.update(layer, k, v)  # (B, nh, S, hs) each
-        args = (q, k, v, mask, self.dropout if self.training else 0.0)
-        y = fused_attention(*args) if self.fused else attention(*args)[0]  # (B, nh, T, hs)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
+        dropout_p = self.dropout if self.training else 0.0
+        if self.fused:
+            y = fused_attention(q, k, v, mask, dropout_p)  # (B, nh, T, hs)
+        else:
+            y, _ = attention(q, k, v, mask, dropout_p)  # (B, nh, T, hs)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))  # (B, T, C)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q, k and v, (B, nh, T, hs) each. Raises ValueError for an x of another shape."""
         if x.dim() != 3 or x.size(-1) != self.n_embd:
             raise ValueError(f"x has shape {tuple(x.shape)}: it must be (B, T, n_embd={self.n_embd})")
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=-1)  # (B, T, C) each
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        return q, k, v  # (B, nh, T, hs) each

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from .attention import CausalSelfAttention, KVStore, causal_mask
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'LayerNorm', 'MLP', 'Block', 'padding_mask', 'check_ids', 'check_input', 'Transformer',
-           'next_token_loss', 'GPTLanguageModel']
+__all__ = ['PRESETS', 'GPTConfig', 'LayerNorm', 'MLP', 'Block', 'check_ids', 'check_input', 'next_token_loss', 'GPTLanguageModel',
+           'padding_mask']
 
 # %% ../../notebooks/03_gpt2_model.ipynb #70a7256f
 PRESETS = {  # name: (vocab_size, n_ctx, n_embd, n_layer, n_head)
@@ -34,9 +34,7 @@ PRESETS = {  # name: (vocab_size, n_ctx, n_embd, n_layer, n_head)
 class GPTConfig:
     """The shape of a GPT-2 model; the defaults are GPT-2 small (Radford et al. 2019, table 2).
 
-    dropout is the training-time rate at all four of GPT-2's places; layer_norm_epsilon is added to a variance.
-    Raises ValueError for a size that is no whole number of at least 1, an n_embd that is not a multiple of n_head,
-    a dropout outside [0, 1) or an epsilon that is not positive.
+    dropout is the rate at all four of GPT-2's places while training. Raises ValueError for a shape that can't work.
     """
 
     vocab_size: int = 50257
@@ -82,10 +80,7 @@ class LayerNorm(nn.Module):
 
 # %% ../../notebooks/03_gpt2_model.ipynb #466d3a18
 class MLP(nn.Module):
-    """The feed-forward part of a block: C -> 4C -> tanh-GELU -> C, each position on its own. (B, T, C) -> (B, T, C).
-
-    Source: Radford et al. 2019 and OpenAI's gpt-2/src/model.py, `mlp` and `gelu`.
-    """
+    """C -> 4C -> tanh-GELU -> C, each position alone (OpenAI's gpt-2/src/model.py, `mlp`). (B, T, C) -> (B, T, C)."""
 
     def __init__(self, n_embd: int, dropout: float = 0.0):
         super().__init__()
@@ -99,10 +94,7 @@ class MLP(nn.Module):
 
 # %% ../../notebooks/03_gpt2_model.ipynb #383881d1
 class Block(nn.Module):
-    """One pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x)). (B, T, C) -> (B, T, C).
-
-    Arguments of forward as in `CausalSelfAttention.forward`. Source: Radford et al. 2019, section 2.3.
-    """
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)) (Radford et al. 2019, section 2.3). Arguments as in `attn`'s forward."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -112,25 +104,8 @@ class Block(nn.Module):
         self.mlp = MLP(config.n_embd, config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, kv_cache: KVStore | None = None, layer: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, kv_cache, layer)
-        return x + self.mlp(self.ln_2(x))
-
-# %% ../../notebooks/03_gpt2_model.ipynb #8ab0baa4
-def padding_mask(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Mask and positions for left-padded rows, and for rows that hold several texts.
-
-    attention_mask (B, S): 0 for padding, else the number of the text that a token belongs to, over all S positions so
-    far (1 for all real tokens of a row with one text); the last T of them are new. Returns the boolean mask (B, 1, T,
-    S), True = may look, in which a token sees its own text up to itself and padding only itself, and the positions
-    (B, T), counted from the text's first token. Raises ValueError unless 1 <= T <= S.
-    """
-    S = attention_mask.size(1)
-    causal = causal_mask(T, S, attention_mask.device)  # (T, S)
-    place = torch.arange(S, device=attention_mask.device)  # (S,)
-    itself = place[S - T :, None] == place  # (T, S): without it, rows of padding would be empty and give NaN
-    new, old = attention_mask[:, S - T :, None], attention_mask[:, None, :]  # (B, T, 1), (B, 1, S)
-    mask = causal & (new == old) & (old != 0) | itself  # (B, T, S)
-    return mask[:, None], mask.sum(-1) - 1
+        x = x + self.attn(self.ln_1(x), mask, kv_cache, layer)  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 # %% ../../notebooks/03_gpt2_model.ipynb #905a66d8
 def check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
@@ -143,7 +118,8 @@ def check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{what} {bad} is outside the vocabulary: ids run from 0 to {vocab_size - 1}")
 
 # %% ../../notebooks/03_gpt2_model.ipynb #608c1dc2
-def check_input(idx: Tensor, config: GPTConfig, past: int, attention_mask: Tensor | None) -> None:
+def check_input(idx: Tensor, config: GPTConfig, past: int, mask: Tensor | None, training: bool = False) -> None:
+    """Raise ValueError for ids and an attention mask that can't be read; `past` positions are in a cache already."""
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be (B, T) with at least one token")
     if idx.dtype not in (torch.int64, torch.int32):
@@ -154,14 +130,26 @@ def check_input(idx: Tensor, config: GPTConfig, past: int, attention_mask: Tenso
             f"{past + T} positions are more than n_ctx={config.n_ctx}, which is all that the learned positions cover: "
             "shorten the text or start a new context"
         )
-    if attention_mask is not None and tuple(attention_mask.shape) != (B, past + T):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, past + T)}")
-    if idx.device.type == "cpu":  # on a GPU this look at the values would wait for it in every forward pass
+    if mask is not None and tuple(mask.shape) != (B, past + T):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {(B, past + T)}")
+    capturing = idx.is_cuda and torch.cuda.is_current_stream_capturing()
+    if idx.device.type == "cpu" or (T > 1 and not training and not capturing):
         check_ids("token id", idx, config.vocab_size)
 
-# %% ../../notebooks/03_gpt2_model.ipynb #0e3e3426
-class Transformer(nn.Module):
-    """GPT-2 without its head: embeddings, blocks and final LayerNorm, under OpenAI's parameter names.
+# %% ../../notebooks/03_gpt2_model.ipynb #af4c902a
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits (B, T, V) over targets (B, T); those of -100 do not count (none: loss 0)."""
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}")
+    counts = targets != -100  # (B, T)
+    if targets.device.type == "cpu":
+        check_ids("target", targets.masked_fill(~counts, 0), logits.size(-1))
+    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long(), reduction="sum")
+    return total / counts.sum().clamp(min=1)
+
+# %% ../../notebooks/03_gpt2_model.ipynb #ca30841c
+class GPTLanguageModel(nn.Module):
+    """GPT-2 (Radford et al. 2019) under OpenAI's parameter names, the head tied to the embedding, freshly initialised.
 
     `gradient_checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
     """
@@ -175,47 +163,6 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
-
-    def hidden_states(
-        self, idx: Tensor, kv_cache: KVStore | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """What the head reads: idx (B, T) -> (B, T, C). Arguments and errors as in `GPTLanguageModel.forward`."""
-        past = 0 if kv_cache is None else kv_cache.pos
-        check_input(idx, self.config, past, attention_mask)
-        T = idx.size(1)
-        if attention_mask is None:
-            mask, positions = None, torch.arange(past, past + T, device=idx.device)  # (T,)
-        else:
-            mask, positions = padding_mask(attention_mask, T)  # (B, 1, T, S), (B, T)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
-        recompute = self.gradient_checkpointing and self.training and kv_cache is None
-        for i, block in enumerate(self.h):
-            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x = run(x, mask, kv_cache, i)
-        if kv_cache is not None:
-            kv_cache.advance(idx)
-        return self.ln_f(x)
-
-# %% ../../notebooks/03_gpt2_model.ipynb #af4c902a
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that count; those of -100 do not, and if none does the loss is 0.
-
-    logits (B, T, vocab_size), targets (B, T) int64. Raises ValueError for other shapes and ids outside the vocabulary.
-    """
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}")
-    counts = targets != -100  # (B, T)
-    if targets.device.type == "cpu":
-        check_ids("target", targets.masked_fill(~counts, 0), logits.size(-1))
-    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long(), reduction="sum")
-    return total / counts.sum().clamp(min=1)
-
-# %% ../../notebooks/03_gpt2_model.ipynb #ca30841c
-class GPTLanguageModel(Transformer):
-    """GPT-2 (Radford et al. 2019): the `Transformer` with a head tied to the token embedding, freshly initialised."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self.init_weights()
@@ -229,30 +176,71 @@ class GPTLanguageModel(Transformer):
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        kv_cache: KVStore | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T) int64 -> logits (B, T, vocab_size), and the mean cross-entropy (nats) if targets (B, T) are given.
-
-        Targets of -100 do not count; if none counts the loss is 0. attention_mask (B, S): 0 (left) padding, else the
-        number of the text in the row (1 if there is one), over cached and new positions; without a cache S = T.
-        kv_cache holds earlier positions and takes the new ones.
-        Raises ValueError for an empty or too long idx, ids outside the vocabulary and shapes that do not fit.
-        """
-        logits = self.lm_head(self.hidden_states(idx, kv_cache, attention_mask))  # (B, T, vocab_size)
-        return logits, None if targets is None else next_token_loss(logits, targets)
-
-    def last_logits(
+    def hidden_states(
         self, idx: Tensor, kv_cache: KVStore | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
+        """What the head reads: idx (B, T) -> (B, T, C). Arguments and errors as in `forward`."""
+        past, T = 0 if kv_cache is None else kv_cache.pos, idx.size(-1)
+        check_input(idx, self.config, past, attention_mask, self.training)
+        if attention_mask is None:
+            mask, positions = None, torch.arange(past, past + T, device=idx.device)  # (T,)
+        else:
+            mask, positions = padding_mask(attention_mask, T)  # (B, 1, T, S), (B, T)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        recompute = self.gradient_checkpointing and self.training and kv_cache is None
+        for i, block in enumerate(self.h):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = run(x, mask, kv_cache, i)
+        if kv_cache is not None:
+            kv_cache.advance(idx)
+        return self.ln_f(x)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None,
+        kv_cache: KVStore | None = None, attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """idx (B, T) int64 -> logits (B, T, vocab_size), and the mean cross-entropy (nats) if targets (B, T) are given.
+
+        Logits are float32 whatever the type of the weights (float64 of a float64 model). Targets of -100 do not count;
+        if none counts the loss is 0. attention_mask (B, S): 0 (left) padding, else the number of the text in the row
+        (1 if there is one), over cached and new positions. kv_cache holds earlier positions and takes the new ones.
+        Raises ValueError for an empty or too long idx, ids outside the vocabulary and shapes that do not fit.
+        """
+        logits = self.head(self.hidden_states(idx, kv_cache, attention_mask))  # (B, T, vocab_size)
+        return logits, None if targets is None else next_token_loss(logits, targets)
+
+    def head(self, x: Tensor) -> Tensor:
+        """x (..., C) -> logits (..., vocab_size), float32 or wider: not rounded to a half-precision type."""
+        weight = self.lm_head.weight
+        half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
+        if not half or torch.is_grad_enabled() or type(self.lm_head) is not nn.Linear:
+            logits = self.lm_head(x)
+            return logits if logits.dtype == torch.float64 else logits.float()
+        if x.is_cuda and torch.__version__ >= "2.8":  # which brought out_dtype; TorchVersion compares as versions do
+            return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        return F.linear(x.float(), weight.float())
+
+    def last_logits(self, idx: Tensor, kv_cache: KVStore | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits behind the last position, (B, vocab_size): all that decoding needs. Arguments as in `forward`."""
-        return self.lm_head(self.hidden_states(idx, kv_cache, attention_mask)[:, -1])
+        return self.head(self.hidden_states(idx, kv_cache, attention_mask)[:, -1])
 
     def num_parameters(self, *, tied: bool = True) -> int:
         """Parameters in the model; `tied=False` counts the head's matrix a second time."""
         n = sum(p.numel() for p in self.parameters())
         return n if tied else n + self.lm_head.weight.numel()
+
+# %% ../../notebooks/03_gpt2_model.ipynb #8ab0baa4
+def padding_mask(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """Mask and positions for left-padded rows, and for rows that hold several texts.
+
+    attention_mask (B, S): 0 for padding, else the number of a token's text in its row, over all S positions so far, of
+    which the last T are new. Returns the boolean mask (B, 1, T, S), True = may look (its own text up to itself; padding
+    only itself), and the positions (B, T), from the text's first token on. Raises ValueError unless 1 <= T <= S.
+    """
+    S = attention_mask.size(1)
+    causal = causal_mask(T, S, attention_mask.device)  # (T, S)
+    place = torch.arange(S, device=attention_mask.device)  # (S,)
+    itself = place[S - T :, None] == place  # (T, S): without it, rows of padding would be empty and give NaN
+    new, old = attention_mask[:, S - T :, None], attention_mask[:, None, :]  # (B, T, 1), (B, 1, S)
+    mask = causal & (new == old) & (old != 0) | itself  # (B, T, S)
+    return mask[:, None], mask.sum(-1) - 1

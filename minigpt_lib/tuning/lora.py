@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,23 +17,23 @@ from torch import Tensor
 from ..model.gpt import GPTLanguageModel
 
 # %% auto #0
-__all__ = ['LoRAConfig', 'LowRank', 'LoRALinear', 'lora_layers', 'lora_configs', 'tied_layers', 'target_layers', 'add_lora',
-           'use_adapters', 'lora_parameters', 'count_trainable', 'merge_lora', 'lora_disabled', 'unmerge_lora',
+__all__ = ['LoRAConfig', 'LowRank', 'LoRALinear', 'lora_layers', 'lora_configs', 'tied_layers', 'target_layers', 'replace_layer',
+           'need_lora', 'add_lora', 'lora_parameters', 'count_trainable', 'merge_lora', 'unmerge_lora', 'lora_disabled',
            'remove_lora']
 
 # %% ../../notebooks/07_lora.ipynb #74baf8fa
 def _fits(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern)
 
-
+# %% ../../notebooks/07_lora.ipynb #40a19f1e
 @dataclass(frozen=True)
 class LoRAConfig:
     """An adapter's shape: rank `r`, strength `alpha`, dropout, target layers, and how the update is scaled.
 
     The update counts alpha / r times, with `rslora` alpha / sqrt(r) (Kalajdzievski 2023, eq. 4). A target is the end of
     a layer's dotted name, wildcards allowed; "c_attn.q", ".k" and ".v" are the thirds of the fused matrix, "all-linear"
-    is every linear layer but the tied head. Raises ValueError for r below 1, alpha not above 0, dropout outside [0, 1),
-    or no target.
+    is every linear layer but the tied head. `ranks` and `alphas` are pairs (name's end, value) for layers that have
+    their own. Raises ValueError for r below 1, alpha not above 0, dropout outside [0, 1), or no target.
     """
 
     r: int = 8
@@ -41,12 +41,16 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("c_attn",)
     rslora: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha} must be above 0: it is the strength of the update")
+        if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in (self.r, *dict(self.ranks).values())):
+            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1 {self.ranks or ''}".rstrip())
+        if not all(0 < alpha < math.inf for alpha in (self.alpha, *dict(self.alphas).values())):
+            raise ValueError(
+                f"alpha={self.alpha} must be above 0: it is the strength of the update {self.alphas or ''}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if not self.targets:
@@ -64,6 +68,12 @@ class LoRAConfig:
         thirds = "qkv" if _fits("c_attn", name) else ""
         return [part for part in thirds if any(_fits(t, f"{name}.{part}") for t in self.targets)]
 
+    def at(self, name: str) -> LoRAConfig:
+        """The config of one layer, with its own rank and alpha where it has them."""
+        r = next((r for end, r in self.ranks if _fits(end, name)), self.r)
+        alpha = next((alpha for end, alpha in self.alphas if _fits(end, name)), self.alpha)
+        return replace(self, r=r, alpha=alpha, ranks=(), alphas=())
+
 # %% ../../notebooks/07_lora.ipynb #7a4a2f2b
 class LowRank(nn.Module):
     """The thin branch of one adapter in one layer: x (..., in) -> scaling * dropout(x) A^T B^T, (..., rows).
@@ -79,11 +89,12 @@ class LowRank(nn.Module):
         if config.r > min(n_in, n_out):
             raise ValueError(f"r={config.r} is above min(in, out)={min(n_in, n_out)} of a layer {n_in} -> {n_out}")
         self.scaling, self.rows, self.part = config.scaling, rows, part
-        like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
-        self.lora_A = nn.Parameter(torch.empty(config.r, n_in, **like))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, **like))  # (rows, r)
+        device, dtype = base.weight.device, torch.promote_types(base.weight.dtype, torch.float32)
+        A = torch.empty(config.r, n_in, dtype=dtype, device="meta" if base.weight.is_meta else "cpu")
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # on the CPU: the same numbers for every device
+        self.lora_A = nn.Parameter(A.to(device))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, dtype=dtype, device=device))  # (rows, r)
         self.lora_dropout = nn.Dropout(config.dropout)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)
 
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
@@ -99,14 +110,15 @@ class LoRALinear(nn.Linear):
     """A frozen linear layer plus named low-rank updates: y = x W^T + b + the sum of weight_i * branch_i(x).
 
     `weight` (out, in) and `bias` (out,) are the wrapped layer's. `adapters` holds the branches, under the adapter's
-    name or, for a third of c_attn, "name:q"; `active` says which adapters count, and how much.
+    name or, for a third of c_attn, "name:q"; `active` says which adapters count, and how much. While merged,
+    `base_weight` keeps the original weight.
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig | None = None, name: str = "default"):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.adapters, self.active, self.enabled = nn.ModuleDict(), {}, True
-        self.register_buffer("base_weight", None, persistent=False)  # the original, kept while merged
+        self.register_buffer("base_weight", None, persistent=False)
         self.train(base.training)
         if config is not None:
             self.add(name, config)
@@ -129,10 +141,15 @@ class LoRALinear(nn.Linear):
     def merged(self) -> bool:
         return self.base_weight is not None
 
+    @property
+    def pending(self) -> bool:
+        """Whether the layer computes more than its `weight`: an active update that is neither merged nor disabled."""
+        return self.enabled and not self.merged and bool(self.branches())
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y = F.linear(x, self.base_weight if self.merged and not self.enabled else self.weight, self.bias)  # (..., out)
-        for branch, weight in [] if self.merged or not self.enabled else self.branches():
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        for branch, weight in self.branches() if self.pending else []:
             update, rest = branch(x, weight), self.out_features - branch.rows.stop  # (..., rows)
             y = y + (F.pad(update, (branch.rows.start, rest)) if branch.part else update).to(y.dtype)
         return y
@@ -144,6 +161,10 @@ class LoRALinear(nn.Linear):
             total[branch.rows] += weight * branch.matrix()
         return total
 
+    def effective_weight(self) -> Tensor:
+        """The one matrix (out, in) that computes what the layer computes now: with its updates, or without."""
+        return (self.weight + self.delta()).to(self.weight.dtype) if self.pending else self.weight
+
 # %% ../../notebooks/07_lora.ipynb #614d24b1
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The model's LoRA layers by dotted name; empty when it has none."""
@@ -153,18 +174,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """The model's adapters: their names and shapes; empty when it has none."""
     return dict(getattr(model, "lora_configs", None) or {})
-
-
-def _need_lora(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("this model has no LoRA layers: call add_lora or load_adapter first")
-    return layers
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 # %% ../../notebooks/07_lora.ipynb #ae716bfc
 def tied_layers(model: nn.Module) -> set[str]:
@@ -181,11 +190,25 @@ def target_layers(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     free = [name for name in linears if name not in tied_layers(model) or name in config.targets]
     for target in config.targets:
-        one = LoRAConfig(targets=(target,))
-        if not any(one.parts(name) for name in free):
+        if not any(LoRAConfig(targets=(target,)).parts(name) for name in free):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise ValueError(f"target {target!r} matches no linear layer; their names end in {known}")
     return {name: parts for name in free if (parts := config.parts(name))}
+
+# %% ../../notebooks/07_lora.ipynb #90142c36
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def need_lora(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers. Raises ValueError if there are none, or inside `lora_disabled`."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("this model has no LoRA layers: call add_lora or load_adapter first")
+    if not all(layer.enabled for layer in layers.values()):
+        raise ValueError("inside lora_disabled the adapters stay as they are: leave the `with` block first")
+    return layers
 
 # %% ../../notebooks/07_lora.ipynb #ee380640
 def add_lora(
@@ -197,60 +220,40 @@ def add_lora(
     *,
     rslora: bool = False,
     name: str = "default",
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
 ) -> GPTLanguageModel:
     """Freeze the model and put an adapter into its target layers, in place; returns the model.
 
-    Targets as in `LoRAConfig`. The new adapter is the only one that is active and trained; at first its update is zero.
+    Arguments as in `LoRAConfig`. The new adapter is the only one that is active and trained; its update starts at zero.
     Raises ValueError for bad arguments, a target that fits no layer, a merged model, and a name that is taken, empty or
     holds one of ". : /"; the model is then as it was.
     """
     chosen = {targets} if isinstance(targets, str) else set(targets)
-    config = LoRAConfig(r, alpha, dropout, tuple(sorted(chosen)), rslora)
-    _check_new_name(model, name)
-    new = {at: LoRALinear(model.get_submodule(at)) for at in target_layers(model, config)}
-    for at, parts in target_layers(model, config).items():
-        for part in parts:  # a layer that raises here is not yet in the model
-            new[at].add(name, config, part)
-    _install(model, new)
-    model.lora_configs = lora_configs(model) | {name: config}
-    model.requires_grad_(False)
-    return use_adapters(model, name)
-
-# %% ../../notebooks/07_lora.ipynb #90142c36
-def _check_new_name(model: nn.Module, name: str) -> None:
+    own = tuple((ranks or {}).items()), tuple((alphas or {}).items())
+    config = LoRAConfig(r, alpha, dropout, tuple(sorted(chosen)), rslora, *own)
     if not isinstance(name, str) or not name or set(name) & set(".:/\\"):
         raise ValueError(f"name={name!r}: an adapter's name is text without '.', ':' and '/'")
     if name in lora_configs(model):
         raise ValueError(f"this model already has LoRA layers named {name!r}: remove_lora(model), or take another name")
-    if any(layer.merged for layer in lora_layers(model).values()):
+    there = need_lora(model) if lora_layers(model) else {}
+    if any(layer.merged for layer in there.values()):
         raise ValueError("the LoRA layers are merged: unmerge_lora(model) before adding another adapter")
-
-
-def _install(model: nn.Module, new: Mapping[str, LoRALinear]) -> None:
-    """Put new layers into the model; where one is there already, hand its branches over."""
+    meant = target_layers(model, config)
+    new = {at: LoRALinear(model.get_submodule(at)) for at in meant}
+    for at, part in ((at, part) for at, parts in meant.items() for part in parts):
+        new[at].add(name, config.at(at), part)  # a layer that raises here is not yet in the model
     for at, layer in new.items():
-        old = model.get_submodule(at)
-        if isinstance(old, LoRALinear):
-            old.adapters.update(layer.adapters)
+        if at in there:
+            there[at].adapters.update(layer.adapters)
         else:
-            _put(model, at, layer)
-
-# %% ../../notebooks/07_lora.ipynb #6fa4c249
-def use_adapters(model: GPTLanguageModel, which: str | Mapping[str, float]) -> GPTLanguageModel:
-    """Make one adapter active, or several with weights, {"a": 0.7, "b": 0.3}; the others rest. Returns the model.
-
-    What is active computes and is trained. Raises ValueError for an unknown name, no name, and a merged model.
-    """
-    layers, known = _need_lora(model), lora_configs(model)
-    wanted = {which: 1.0} if isinstance(which, str) else {name: float(weight) for name, weight in which.items()}
-    if not wanted or not set(wanted) <= set(known):
-        raise ValueError(f"adapters {list(wanted)}: this model has {', '.join(known)}; lora_disabled switches all off")
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the LoRA layers are merged: unmerge_lora(model) before choosing adapters")
-    for layer in layers.values():
-        layer.active = dict(wanted)
+            replace_layer(model, at, layer)
+    model.lora_configs = lora_configs(model) | {name: config}
+    model.requires_grad_(False)
+    for layer in lora_layers(model).values():
+        layer.active = {name: 1.0}
         for key, branch in layer.adapters.items():
-            branch.requires_grad_(key.partition(":")[0] in wanted)
+            branch.requires_grad_(key.partition(":")[0] == name)
     return model
 
 # %% ../../notebooks/07_lora.ipynb #0a1e6fdf
@@ -272,7 +275,7 @@ def merge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
     The original weights are kept, for `unmerge_lora`. Summed in float32 and rounded once. Raises ValueError, and
     changes nothing, if the model is merged already, has no LoRA layers, has one on a tied head, or would not be finite.
     """
-    layers = _need_lora(model)
+    layers = need_lora(model)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are merged already: merging twice would count the update twice")
     if tied := tied_layers(model) & set(layers):
@@ -282,23 +285,8 @@ def merge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
         if not weight.isfinite().all():
             raise ValueError(f"merging {name} would give weights that are not finite; nothing was changed")
     for name, layer in layers.items():
-        layer.base_weight = layer.weight.data
-        layer.weight.data = new[name]
+        layer.base_weight, layer.weight.data = layer.weight.data, new[name]
     return model
-
-# %% ../../notebooks/07_lora.ipynb #cdb180a1
-@contextmanager
-def lora_disabled(model: GPTLanguageModel) -> Iterator[GPTLanguageModel]:
-    """Inside the `with` block the model computes what its base computes, merged or not; afterwards LoRA is back."""
-    layers = list(_need_lora(model).values())
-    before = [layer.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.enabled = False
-        yield model
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
 
 # %% ../../notebooks/07_lora.ipynb #e3aed3e1
 def unmerge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
@@ -306,13 +294,35 @@ def unmerge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
 
     Raises ValueError if the model is not merged.
     """
-    layers = _need_lora(model)
+    layers = need_lora(model)
     if not all(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are not merged: there is nothing to undo")
     for layer in layers.values():
-        layer.weight.data = layer.base_weight
-        layer.base_weight = None
+        layer.weight.data, layer.base_weight = layer.base_weight, None
     return model
+
+# %% ../../notebooks/07_lora.ipynb #cdb180a1
+@contextmanager
+def lora_disabled(model: GPTLanguageModel) -> Iterator[GPTLanguageModel]:
+    """Inside the `with` block the model is its base, merged or not, in what it computes and in the weights it shows.
+
+    Afterwards LoRA is back, bit for bit. Blocks may be nested. Raises ValueError for a model without LoRA layers.
+    """
+    if not (layers := lora_layers(model)):
+        raise ValueError("this model has no LoRA layers: call add_lora or load_adapter first")
+    switched = [layer for layer in layers.values() if layer.enabled]
+    merged = [(layer, layer.weight.data) for layer in switched if layer.merged]
+    try:
+        for layer in switched:
+            layer.enabled = False
+        for layer, _ in merged:
+            layer.weight.data = layer.base_weight
+        yield model
+    finally:
+        for layer, weight in merged:
+            layer.weight.data = weight
+        for layer in switched:
+            layer.enabled = True
 
 # %% ../../notebooks/07_lora.ipynb #7f201fda
 def remove_lora(model: GPTLanguageModel, *, keep_merged: bool = False) -> GPTLanguageModel:
@@ -321,7 +331,7 @@ def remove_lora(model: GPTLanguageModel, *, keep_merged: bool = False) -> GPTLan
     The weights are the original ones, bit for bit, unless `keep_merged` keeps a merged update for good.
     Raises ValueError if there are none, or if `keep_merged` is asked of a model that is not merged.
     """
-    layers = _need_lora(model)
+    layers = need_lora(model)
     if keep_merged and not all(layer.merged for layer in layers.values()):
         raise ValueError("keep_merged=True needs a merged model: call merge_lora first")
     for name, layer in layers.items():
@@ -329,6 +339,6 @@ def remove_lora(model: GPTLanguageModel, *, keep_merged: bool = False) -> GPTLan
         plain.weight, plain.bias = layer.weight, layer.bias
         if layer.merged and not keep_merged:
             plain.weight.data = layer.base_weight
-        _put(model, name, plain.train(layer.training))
+        replace_layer(model, name, plain.train(layer.training))
     model.lora_configs = {}
     return model.requires_grad_(True)
