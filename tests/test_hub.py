@@ -19,9 +19,9 @@ from minigpt_lib.cli import main
 from minigpt_lib.download import FetchError
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.paths import MODEL_NAMES
+from minigpt_lib.weights.convert import WeightsError
 from minigpt_lib.weights.hub import HUB, OPENAI, check_sha256, fetch, fetch_openai, openai_cache
 from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
-from minigpt_lib.weights.stored import WeightsError
 
 ROOT = Path(__file__).resolve().parents[1]
 REVISION = HUB["gpt2"][1]

@@ -11,10 +11,9 @@ import torch
 from make_tf_checkpoint import HPARAMS, number, shapes
 from tf_writer import random_tensors, slow_crc, table, write
 
-from minigpt_lib.weights.convert import TRANSPOSED, from_openai_names
+from minigpt_lib.weights.convert import TRANSPOSED, WeightsError, from_openai_names
 from minigpt_lib.weights.crc32c import crc32c
 from minigpt_lib.weights.pretrained import config_from_openai, load_pretrained
-from minigpt_lib.weights.stored import WeightsError
 from minigpt_lib.weights.tf_checkpoint import read_bundle, read_table
 
 MADE = json.loads(Path(__file__).with_name("tf_checkpoint.json").read_text("utf-8"))

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from minigpt_lib.cli import main
 from minigpt_lib.download import FetchError
 from minigpt_lib.model.gpt import GPTConfig
-from minigpt_lib.weights.convert import parameter_shapes
+from minigpt_lib.weights.convert import WeightsError, parameter_shapes
 from minigpt_lib.weights.hub import HUB
 from minigpt_lib.weights.pretrained import load_pretrained, model_folder
 from minigpt_lib.weights.verify import (
@@ -21,7 +21,6 @@ from minigpt_lib.weights.verify import (
     continue_rows,
     format_checks,
     known_goldens,
-    last_logits,
     verify,
     write_goldens,
 )
@@ -113,7 +112,7 @@ def test_left_padded_rows_continue_as_alone(folder):
     model = load_pretrained(folder)
     rows = [[5, 6, 7, 8, 9, 1], [3], [4, 4, 2]]
     assert continue_rows(model, rows, 7) == [continue_rows(model, [row], 7)[0] for row in rows]
-    assert continue_rows(model, [rows[0]], 1)[0][0] == last_logits(model, rows[0]).argmax().item()
+    assert continue_rows(model, [rows[0]], 1)[0][0] == model.last_logits(torch.tensor([rows[0]])).argmax().item()
 
 
 @pytest.mark.parametrize("kind", ["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.bias", "ln_2.weight"])
@@ -173,6 +172,36 @@ def test_goldens_that_are_published_cannot_be_overwritten(folder):
         verify(folder)
 
 
+def test_goldens_are_only_replaced_by_such_as_the_model_passes(folder, monkeypatch):
+    import minigpt_lib.model.gpt as module
+
+    before = (folder / "goldens.json").read_bytes()
+    edit(folder, lambda state: state["wpe.weight"].mul_(1.5))
+    with pytest.raises((RuntimeError, ValueError), match="nonsense"):
+        write_goldens(folder, device="nonsense")
+    assert (folder / "goldens.json").read_bytes() == before
+    original = module.padding_mask
+
+    def unmasked(attention_mask, T):
+        mask, positions = original(attention_mask, T)
+        return mask | torch.ones_like(mask).tril(), positions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "padding_mask", unmasked)
+        with pytest.raises(WeightsError, match="no goldens are written.*row alone"):
+            write_goldens(folder)
+    assert (folder / "goldens.json").read_bytes() == before
+    write_goldens(folder)
+    assert (folder / "goldens.json").read_bytes() != before and all(check.passed for check in verify(folder))
+
+
+def test_the_hubs_names_have_the_official_goldens():
+    for name, (repo, _, _) in HUB.items():
+        assert known_goldens(repo) is GOLDENS[name]
+        with pytest.raises(ValueError, match="published"):
+            write_goldens(repo)
+
+
 def test_a_folder_without_a_tokenizer_gets_goldens_of_plain_ids(folder):
     (folder / "tokenizer.tiktoken").unlink()
     write_goldens(folder, n=3)
@@ -204,7 +233,7 @@ def test_the_exit_code_says_pass_fail_and_absent(folder, tmp_path, capsys, monke
     def absent(name):
         raise FetchError("not in the cache")
 
-    monkeypatch.setattr("minigpt_lib.weights.convert.fetch", absent)
+    monkeypatch.setattr("minigpt_lib.weights.pretrained.fetch", absent)
     capsys.readouterr()
     assert main(["verify", "gpt2"]) == 3
     err = capsys.readouterr().err

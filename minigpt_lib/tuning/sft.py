@@ -22,10 +22,10 @@ from ..atomic import write_atomically
 from ..model.gpt import GPTConfig, GPTLanguageModel
 from ..training.checkpoint import delete_checkpoints
 from ..training.distributed import current_ranks
-from ..training.loop import train
+from ..training.loop import History
 from ..training.loss import evaluate_loss
-from ..training.monitor import History
 from ..training.optim import TrainConfig
+from ..training.run import train
 from .batching import Example, LengthBatches, encode_records, pad
 from .lora import LoRALinear, add_lora, lora_configs, lora_layers
 from .packing import pack
