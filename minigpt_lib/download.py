@@ -55,7 +55,7 @@ def _progress(name: str, done: int, total: int | None, show: bool) -> Iterator[A
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name) as bar:
         yield bar.update
 
-# %% ../notebooks/01b_vocabulary_files.ipynb #c5f0fcb4
+# %% ../notebooks/01b_vocabulary_files.ipynb #a367eb71
 def _no_link(path: Path) -> None:
     """Raise FetchError for a link, or a file of another user, under the name of a file that is to be written."""
     if path.is_symlink():

@@ -66,7 +66,7 @@ def train_tokenizer(
     save_ranks(ranks, out_path)
     return ranks
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #6e21a8a6
+# %% ../../notebooks/01b_vocabulary_files.ipynb #73090126
 @lru_cache(maxsize=1)
 def byte_letters() -> dict[int, str]:
     """The printable letter that stands for each byte in GPT-2's files (`bytes_to_unicode` in OpenAI's encoder.py)."""
@@ -94,7 +94,7 @@ def unspell(word: str) -> bytes:
     except KeyError as error:
         raise ValueError(f"{word!r} is not a token of a byte-level BPE: {error} stands for no byte") from None
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #4e0620d8
+# %% ../../notebooks/01b_vocabulary_files.ipynb #3e30a43f
 def ranks_of_merges(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], source: str, check: bool = True
 ) -> dict[bytes, int]:
@@ -117,7 +117,7 @@ def ranks_of_merges(
         ranks[token] = last = rank
     return ranks
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #e5d56c9e
+# %% ../../notebooks/01b_vocabulary_files.ipynb #2898c8db
 class Parts(NamedTuple):
     """What makes a tokenizer: token bytes -> id, special tokens -> id, the pattern that cuts pre-tokens."""
 
@@ -141,7 +141,7 @@ def _expect(path: Path, what: str, value: object, *known: object) -> None:
         raise ValueError(f"{path}: {what} is {value!r}, which is not supported; this library reads byte-level BPE "
                          "as GPT-2 has it, and anything else would give other ids")
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #4cd6e6b7
+# %% ../../notebooks/01b_vocabulary_files.ipynb #282b1d78
 def _byte_level_pattern(path: Path, step: dict[str, Any] | None) -> str:
     """The pattern of a pre-tokenizer: GPT-2's own, or that of a Split before a ByteLevel without one."""
     step = step or {}
@@ -158,7 +158,7 @@ def _byte_level_pattern(path: Path, step: dict[str, Any] | None) -> str:
     _expect(path, "the Split's pattern", list(steps[0].get("pattern", {})), ["Regex"])
     return steps[0]["pattern"]["Regex"]
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #e9c6e52a
+# %% ../../notebooks/01b_vocabulary_files.ipynb #de3fd798
 def _added(path: Path, tokens: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     for token in tokens:
         for flag in ("lstrip", "rstrip", "single_word"):
@@ -183,7 +183,7 @@ def _read_tokenizer_json(path: Path) -> Parts:
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     return Parts(_complete(path, vocab, merges), special, _byte_level_pattern(path, spec.get("pre_tokenizer")))
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #1fcbeaf4
+# %% ../../notebooks/01b_vocabulary_files.ipynb #e1d8e9ba
 def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> dict[bytes, int]:
     """The ranks, when every word of the vocabulary is a byte or comes from a merge."""
     if wrong := [merge for merge in merges if len(merge) != 2]:
@@ -194,7 +194,7 @@ def _complete(path: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, 
         raise ValueError(f"{path}: no merge makes the token {orphan!r}")
     return ranks
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #b392498e
+# %% ../../notebooks/01b_vocabulary_files.ipynb #cf6834e3
 _SPECIAL = re.compile(r"<.+>|\[[A-Z_]+\d*\]")  # how special tokens look: <|endoftext|>, </s>, [PAD]
 _GPT2_CLASSES = {"GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend", "None"}
 
@@ -207,7 +207,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         found |= _read_json(file) if file.is_file() else {}
     return found
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #9ad4ce4c
+# %% ../../notebooks/01b_vocabulary_files.ipynb #8e4a80f9
 def _read_merges(folder: Path, vocab_name: str, merges_name: str) -> Parts:
     """The parts of vocab.json and merges.txt; special tokens are the words that no merge makes."""
     path, told = folder / vocab_name, _settings(folder)
@@ -227,7 +227,7 @@ def _read_merges(folder: Path, vocab_name: str, merges_name: str) -> Parts:
     ranks = _complete(path, {word: i for word, i in vocab.items() if word not in special}, merges)
     return Parts(ranks, special, GPT2_PATTERN)
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #a353a034
+# %% ../../notebooks/01b_vocabulary_files.ipynb #486aad15
 class EncodingWithEnd(tiktoken.Encoding):
     """A `tiktoken.Encoding` whose end token, `eot_token`, need not be called `<|endoftext|>`."""
 
@@ -243,7 +243,7 @@ class EncodingWithEnd(tiktoken.Encoding):
         return {"name": self.name, "end": self._end, "pat_str": self._pat_str,
                 "mergeable_ranks": self._mergeable_ranks, "special_tokens": self._special_tokens}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #0bb99862
+# %% ../../notebooks/01b_vocabulary_files.ipynb #dcd08d7c
 def _end_of(folder: Path, parts: Parts) -> int:
     """The end token: eos_token_id of config.json, else eos_token of the tokenizer's settings, else <|endoftext|>."""
     known = {*parts.ranks.values(), *parts.special.values()}
@@ -282,7 +282,7 @@ def _config(folder: Path) -> dict[str, Any]:
         return {"vocab_size": _read_json(folder / "hparams.json").get("n_vocab")}
     return {}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #d33807c4
+# %% ../../notebooks/01b_vocabulary_files.ipynb #639fb56a
 _GPT2_FILES = {  # SHA-256, the same that tiktoken has written down
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -327,7 +327,7 @@ def _gpt2_encoding() -> tiktoken.Encoding:
             f"model 'mini'. What happened: {type(error).__name__}: {error}"
         ) from error
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #8112c30d
+# %% ../../notebooks/01b_vocabulary_files.ipynb #e8101cde
 _FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt")
 
 
@@ -378,7 +378,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> tiktoken.Encoding:
         raise ValueError(f"the tokenizer in {folder} has {highest + 1} tokens, but its config says vocab_size {size}")
     return _encoding(folder, parts)
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #6ca4ec32
+# %% ../../notebooks/01b_vocabulary_files.ipynb #cefce290
 def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge behind each token of more than one byte, in the order of the ranks.
 
@@ -393,7 +393,7 @@ def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         before[token] = ranks[token]
     return merges
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #bfe9d04a
+# %% ../../notebooks/01b_vocabulary_files.ipynb #418eae4b
 def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     """`enc` as Hugging Face's tokenizer.json describes it."""
     ranks, special = enc._mergeable_ranks, enc._special_tokens
@@ -411,7 +411,7 @@ def _tokenizer_json(enc: tiktoken.Encoding) -> dict[str, Any]:
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": cut, "post_processor": level, "decoder": level | {"add_prefix_space": True}, "model": bpe}
 
-# %% ../../notebooks/01b_vocabulary_files.ipynb #848d16d2
+# %% ../../notebooks/01b_vocabulary_files.ipynb #a3bcffcc
 def save_tokenizer(enc: tiktoken.Encoding, folder: str | os.PathLike[str]) -> None:
     """Write `enc` as tokenizer.json and tokenizer_config.json, which Transformers and `load_tokenizer` read.
 
