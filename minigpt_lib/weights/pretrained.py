@@ -193,11 +193,11 @@ def _put_in_place(folder: Path) -> None:
             os.replace(folder / _SAVED / name, folder / name)
         (folder / _SAVED).rmdir()
 
-# %% ../../notebooks/05c_load_pretrained.ipynb #ad8112e1
+# %% ../../notebooks/05c_load_pretrained.ipynb #1f4d39f7
 def _plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's state dict without torch.compile's and LoRA's traces. WeightsError for LoRA that is not merged."""
     for name, module in model.named_modules():
-        if getattr(module, "merged", True) is False:  # a layer with LoRA beside its weight
+        if getattr(module, "merged", True) is False and module.enabled:  # a layer with LoRA beside its weight
             raise WeightsError(f"{name} carries LoRA that is not merged: call merge_lora(model), or use save_adapter")
     state = {name.replace("_orig_mod.", ""): t for name, t in model.state_dict().items()}
     return {name: t for name, t in state.items() if "lora_" not in name}
