@@ -110,7 +110,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     Raises ValueError at once if another run holds it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / ".lock").open("a+b") as f:
+    with (Path(folder) / ".finetune.lock").open("a+b") as f:
         try:
             if sys.platform == "win32":
                 import msvcrt
