@@ -1,6 +1,7 @@
 """The library as others see it: public names, direction of the imports, an import that does nothing else."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -17,18 +18,23 @@ NAMES = [
     "unmerge_lora", "lora_disabled", "save_adapter", "load_adapter", "pretrain", "finetune", "TrainConfig",
     "load_records", "build_prompt", "encode_prompt", "build_app",
 ]  # fmt: skip
-ROOM_ORDER = {  # modules, in the order in which the notebooks write them
-    "text": "bpe tokenizer",
-    "model": "attention gpt",
-    "training": "loss data optim loop chunked_loss distributed monitor token_files checkpoint run",
-    "weights": "crc32c stored tf_checkpoint hub convert pretrained verify",
-    "generation": "sampling kv_cache loop options decode quantized compiled prompt_lookup native",
-    "tuning": "lora peft_io records chat_template batching sft metrics",
-    "chat": "session inspect models pages layout handlers guard app",
-}
-ORDER = ["devices", "paths", "atomic", "download"]
-ORDER += [f"{room}.{module}" for room, modules in ROOM_ORDER.items() for module in modules.split()]
-ORDER += ["api", "cli", "__init__"]
+
+
+def module_order() -> list[str]:
+    """The library's modules in the order in which the notebooks write them, which is the order of imports."""
+    order: dict[str, None] = {}
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        default = ""
+        for cell in json.loads(path.read_text("utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if named := re.search(r"^#\| default_exp (\S+)", source, re.M):
+                default = named[1]
+            if exported := re.search(r"^#\| exporti?(?: (\S+))?$", source, re.M):
+                order.setdefault(exported[1] or default)
+    return list(order)
+
+
+ORDER = sorted(module_order(), key=lambda name: name == "__init__")  # the package's own face comes last
 ROOMS = sorted(p.parent.name for p in LIBRARY.glob("*/__init__.py"))
 MODULES = sorted(
     ".".join(p.relative_to(LIBRARY).with_suffix("").parts)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode import DecodeOptions, DecodePlan
+from .decode import DecodePlan
 from .kv_cache import KVCache, prefill
+from .options import DecodeOptions
 from .quantized import FEW, PackedGPT, check_weights  # written further down
 from .sampling import filter_logits
 from ..model.gpt import GPTLanguageModel

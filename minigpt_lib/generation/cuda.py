@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .compiled import RecordedSteps, choose, step_inputs, step_of, windows
-from .decode import DecodeOptions, DecodePlan
+from .decode import DecodePlan
 from .kv_cache import KVCache
+from .options import DecodeOptions
 from .quantized import PackedGPT, PackedLinear
 from ..model.gpt import GPTLanguageModel
 
