@@ -6,7 +6,7 @@ __all__ = []
 # %% ../notebooks/10_the_library.ipynb #3b385ac7
 from importlib import import_module
 
-# %% ../notebooks/10_the_library.ipynb #deff92de
+# %% ../notebooks/10_the_library.ipynb #12fdeefb
 __doc__ = """GPT-2 from scratch in PyTorch: the library that the course's notebooks export.
 
 Its rooms, in the order of the notebooks: `text`, `model`, `training`, `weights`, `generation`, `tuning`, `chat`.
@@ -36,7 +36,7 @@ _PUBLIC = {  # name: the module that defines it
     "load_adapter": "tuning.peft_io",
     "TrainConfig": "training.optim",
     "pretrain": "training.run",
-    "load_records": "tuning.records",
+    "load_records": "tuning.cleaning",
     "build_prompt": "tuning.chat_template",
     "encode_prompt": "tuning.chat_template",
     "finetune": "tuning.sft",

@@ -29,7 +29,7 @@ from minigpt_lib.tuning.sft import finetune as finetune
 from minigpt_lib.generation.decode import generate as generate
 from minigpt_lib.tuning.peft_io import load_adapter as load_adapter
 from minigpt_lib.weights.pretrained import load_pretrained as load_pretrained
-from minigpt_lib.tuning.records import load_records as load_records
+from minigpt_lib.tuning.cleaning import load_records as load_records
 from minigpt_lib.text.tokenizer import load_tokenizer as load_tokenizer
 from minigpt_lib.tuning.lora import lora_disabled as lora_disabled
 from minigpt_lib.tuning.lora import merge_lora as merge_lora

@@ -36,7 +36,7 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int | Non
     return p
 
 # %% ../notebooks/10_the_library.ipynb #2b1c67ac
-def _add_training(p: _Parser, checkpoint_every: int, **defaults: Any) -> None:
+def _add_training(p: _Parser, checkpoints: str, **defaults: Any) -> None:
     texts = {"steps": "updates", "batch-size": "rows in a batch", "lr": "highest learning rate",
              "seed": "of the random numbers"}
     for name, text in texts.items():
@@ -44,25 +44,24 @@ def _add_training(p: _Parser, checkpoint_every: int, **defaults: Any) -> None:
         text += "" if value is not None else " (default: by the model's size)"
         p.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=text)
     choices = ("fp32", "bf16", "fp16", "auto")
-    p.add_argument("--precision", default="fp32", choices=choices, help="all but fp32 are autocast")
+    about = "all but fp32 are autocast (default: auto, bf16 where the device has units for it)"
+    p.add_argument("--precision", choices=choices, help=about)
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--compile", action="store_true", help="translate the blocks first: for long runs")
-    p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
-    p.set_defaults(checkpoint_every=checkpoint_every)
-    p.epilog = (f"Ctrl-C ends a run after the update it is at, and saves that; otherwise a checkpoint is saved every "
-                f"{checkpoint_every} updates, so that a killed run loses at most those. The same command with --resume "
-                "goes on. exit codes: 0 done, 2 wrong options or input, 130 stopped with Ctrl-C")
+    about = f"updates between checkpoints (default: {checkpoints})"
+    p.add_argument("--checkpoint-every", type=int, metavar="N", help=about)
+    p.add_argument("--resume", action="store_true", help="as without it: an unfinished run in --out goes on")
+    p.epilog = ("Ctrl-C or a closed terminal ends a run after the update it is at, and saves that. The same command "
+                "goes on with an unfinished run, also after a kill, from its latest checkpoint. "
+                "exit codes: 0 done, 2 wrong options or input, 130 stopped with Ctrl-C")
 
 # %% ../notebooks/10_the_library.ipynb #ed0df556
-def _out_folder(out: str, resume: bool) -> Path:
-    """The folder to write to. Raises ValueError rather than touch finished work, or unfinished without --resume."""
+def _out_folder(out: str) -> Path:
+    """The folder to write to. Raises ValueError rather than touch finished work."""
     folder = Path(out)
     for name, what in (("model.safetensors", "a model"), ("adapter_model.safetensors", "an adapter")):
         if (folder / name).exists():
             raise ValueError(f"--out {shown(out)} holds {what} already: choose another folder, or delete that one")
-    if any(folder.glob("checkpoint-*.pt")) != resume:
-        hint = "an unfinished run is there: add --resume, or choose another folder"
-        raise ValueError(f"--out {shown(out)}: {'there is nothing to --resume' if resume else hint}")
     return folder
 
 # %% ../notebooks/10_the_library.ipynb #da1789f6
@@ -204,44 +203,36 @@ def _print_reply(args: argparse.Namespace, prompt: str, replies: Iterator[Any]) 
 
 # %% ../notebooks/10_the_library.ipynb #94ffb74d
 def run_pretrain(args: argparse.Namespace) -> None:
-    """Train a new model from scratch and write its folder, with training.json and loss.png."""
-    _figure()  # better missed now than after the training
+    """Train a new model, or go on with --init, and write its folder, with training.json and loss.png.
+
+    The model comes last: until it is there, the same command goes on from the latest checkpoint.
+    """
     import os
 
     from minigpt_lib.devices import pick_device
     from minigpt_lib.paths import data_dir
-    from minigpt_lib.training.data import heldout_batches
-    from minigpt_lib.training.loss import evaluate_loss
-    from minigpt_lib.training.optim import TrainConfig
-    from minigpt_lib.training.run import pretrain
-    from minigpt_lib.training.token_files import load_tokens
+    from minigpt_lib.training.run import pretrain, pretrain_config
     from minigpt_lib.weights.pretrained import load_pretrained, save_pretrained
 
-    out, config, enc = _out_folder(args.out, args.resume), *_shape(args)
+    out, config, enc = _out_folder(args.out), *_shape(args)
     course = data_dir() / "corpus"
     corpus = [Path(file) for file in args.data or [course / "train.txt"]]
-    heldout = _beside(corpus[0], "heldout.txt", args.heldout)
+    names = ("steps", "batch_size", "accumulate", "lr", "warmup", "precision", "checkpoint_every", "seed", "compile",
+             "gradient_checkpointing")  # fmt: skip
+    cfg = pretrain_config(**{name: getattr(args, name) for name in names})
     start = load_pretrained(args.init) if args.init else None
-    window = args.window or min(512, config.n_ctx)
-    warmup, every = min(args.warmup, args.steps // 10), max(1, args.steps // 20)
-    cfg = TrainConfig(args.steps, args.batch_size, args.accumulate, args.lr, args.lr / 20, warmup, eval_every=every,
-                      precision=args.precision, checkpoint_every=args.checkpoint_every, seed=args.seed,
-                      compile=args.compile, gradient_checkpointing=args.gradient_checkpointing)  # fmt: skip
-    tokens = None if corpus[0].suffix == ".tokens" else out / "train.tokens"
-    model, history = pretrain(corpus[0] if len(corpus) == 1 else corpus, enc, cfg, config=None if start else config,
-                              start=start, window=window, heldout=heldout, folder=out, resume=args.resume,
-                              device=pick_device(args.device), tokens=tokens, prompt=args.prompt)  # fmt: skip
+    model, history = pretrain(corpus if len(corpus) > 1 else corpus[0], enc, cfg, config=None if start else config,
+                              start=start, window=args.window, heldout=args.heldout and Path(args.heldout),
+                              device=pick_device(args.device), prompt=args.prompt, folder=out)  # fmt: skip
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process alone writes
         return
-    save_pretrained(model, out, enc)
-    held = heldout_batches(load_tokens(heldout, enc), window, cfg.batch_size) if heldout else []
-    loss = evaluate_loss(model, held) if held else None
+    loss = next((step["val_loss"] for step in reversed(history) if "val_loss" in step), None)
     facts = _facts(model, enc) if corpus[0].resolve().parent == course.resolve() else None
-    size = cfg.batch_size * cfg.accumulate * window
+    size = cfg.batch_size * cfg.accumulate * (args.window or min(512, model.config.n_ctx))
     minutes = sum(size / step["tokens_per_s"] for step in history) / 60
-    if tokens is not None:
-        tokens.unlink(missing_ok=True)
-    _record(out, args, model, cfg, history, minutes, heldout_loss=loss, facts=facts, window=window)
+    _record(out, args, model, cfg, history, minutes, heldout_loss=loss, facts=facts)
+    save_pretrained(model, out, enc)
+    _tidy(out)
     held_out = f", held-out loss {loss:.3f}" if loss else ""
     print(f"{out} holds the model{held_out}: minigpt generate TEXT --model {shown(out)}")
 
@@ -250,6 +241,14 @@ def _beside(file: Path, name: str, asked: str | None) -> Path | None:
     """The file asked for, else `name` in the folder of `file` if it is there."""
     found = Path(asked) if asked else file.with_name(name)
     return found if asked or found.is_file() else None
+
+
+def _tidy(out: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    from minigpt_lib.training.checkpoint import delete_checkpoints
+
+    delete_checkpoints(out)
+    (out / "train.tokens").unlink(missing_ok=True)
 
 # %% ../notebooks/10_the_library.ipynb #c0de96e6
 def _shape(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -283,9 +282,9 @@ def _facts(model: Any, enc: Any) -> dict[str, int]:
 
 # %% ../notebooks/10_the_library.ipynb #b605b4fb
 def _record(
-    out: Path, args: argparse.Namespace, model: Any, cfg: Any, history: list[dict], minutes: float, **results: Any
+    out: Path, args: argparse.Namespace, model: Any, cfg: Any, history: list[Any], minutes: float, **results: Any
 ) -> None:
-    """Write training.json (of a long history every n-th step and all held-out losses) and loss.png; end the run."""
+    """Write training.json (of a long history every n-th step and all held-out losses), and loss.png if it can be."""
     import json
     import os
     import platform
@@ -294,7 +293,6 @@ def _record(
     import torch
 
     from minigpt_lib.atomic import write_atomically
-    from minigpt_lib.training.checkpoint import delete_checkpoints
 
     every = -(-len(history) // 400)
     facts = {
@@ -310,19 +308,16 @@ def _record(
     text = json.dumps(facts, indent=1) + "\n"
     write_atomically(out / "training.json", lambda path: path.write_text(text, encoding="utf-8"))
     _draw_loss(history, out / "loss.png")
-    delete_checkpoints(out)
-
-# %% ../notebooks/10_the_library.ipynb #2d53ae79
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the loss curve needs matplotlib: pip install "minigpt-lib[course]"') from error
-    return Figure(figsize=(8, 3.5))
 
 # %% ../notebooks/10_the_library.ipynb #af4495f2
 def _draw_loss(history: list[dict], path: Path) -> None:
-    fig = _figure()
+    """Draw the losses of a run; where matplotlib is missing, say so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        sys.stderr.write(f"minigpt: no {path.name}, which needs matplotlib: pip install matplotlib\n")
+        return
+    fig = Figure(figsize=(8, 3.5))
     ax = fig.subplots()
     lines = {"loss": {"lw": 0.6, "color": "#5eead4", "label": "training"},
              "val_loss": {"marker": "o", "ms": 3, "color": "#0f766e", "label": "held out"}}
@@ -336,39 +331,41 @@ def _draw_loss(history: list[dict], path: Path) -> None:
 # %% ../notebooks/10_the_library.ipynb #8b991da6
 def run_finetune(args: argparse.Namespace) -> None:
     """Teach a model to answer, with LoRA or with --full all its weights, and write the adapter or the model."""
-    if args.full and (args.r, args.alpha) != (None, None):
-        raise ValueError("--r and --alpha belong to a LoRA adapter: leave them out, or leave --full out")
-    _figure()
+    if args.full and (args.r, args.alpha, args.adapter) != (None, None, None):
+        raise ValueError("--r, --alpha and --adapter belong to LoRA: leave them out, or leave --full out")
+    if args.adapter and (args.r, args.alpha) != (None, None):
+        raise ValueError("--adapter goes on with an adapter as it is: leave --r and --alpha out")
     import time
     from dataclasses import asdict
 
     from minigpt_lib.devices import pick_device
     from minigpt_lib.text.tokenizer import load_tokenizer
-    from minigpt_lib.tuning.peft_io import save_adapter
+    from minigpt_lib.tuning.peft_io import load_adapter
     from minigpt_lib.tuning.sft import finetune
     from minigpt_lib.weights.hub import HUB
     from minigpt_lib.weights.pretrained import load_pretrained
 
-    out = _out_folder(args.out or f"runs/{Path(args.model).name}-{'full' if args.full else 'adapter'}", args.resume)
+    out = _out_folder(args.out or f"runs/{Path(args.model).name}-{'full' if args.full else 'adapter'}")
     records, val_records = _instructions(args)
     name, device = args.model, pick_device(args.device)
     model = _untrained(name, args.seed).to(device) if args.untrained else load_pretrained(name, device=device)
     enc = load_tokenizer(name)
-    recipe, cfg = _tuning(args, model.config, len(records))
-    if not args.full:
+    recipe, cfg = _tuning(args, model.config, len(records), device)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    elif not args.full:
         recipe.add_lora(model, args.seed)
+    base_name = HUB[name][0] if name in HUB else name  # under which PEFT finds the base
     begin = time.monotonic()
     history = finetune(model, enc, records, val_records=val_records, cfg=cfg, recipe=recipe, packed=args.pack,
-                       folder=out, resume=args.resume)
-    if not args.full:  # once more, with the name under which PEFT finds the base
-        save_adapter(model, out, HUB[args.model][0] if args.model in HUB else args.model)
+                       folder=out, base_name=base_name, resume=True)  # fmt: skip
     results = {"heldout_loss": history[-1].get("val_loss"), "records": len(records), "recipe": asdict(recipe)}
     _record(out, args, model, cfg, history, (time.monotonic() - begin) / 60, **results)
     use = f"--model {shown(out)}" if args.full else f"--model {shown(args.model)} --adapter {shown(out)}"
     print(f"loss {history[-1]['loss']:.3f} on the last batch; talk to it with: minigpt chat {use}")
 
 # %% ../notebooks/10_the_library.ipynb #dc3f959a
-def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, Any]:
+def _tuning(args: argparse.Namespace, config: Any, records: int, device: Any) -> tuple[Any, Any]:
     """The recipe for the model's size and its TrainConfig, with what the command line says otherwise."""
     from dataclasses import replace
 
@@ -383,7 +380,7 @@ def _tuning(args: argparse.Namespace, config: Any, records: int) -> tuple[Any, A
         changes["min_lr"] = args.lr / 10
     if args.steps:
         changes["warmup"] = int(recipe.warmup * args.steps)
-    return recipe, recipe.train_config(records, full=args.full, **changes)
+    return recipe, recipe.train_config(records, full=args.full, device=device, **changes)
 
 # %% ../notebooks/10_the_library.ipynb #f40a1800
 def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
@@ -429,7 +426,7 @@ def run_export(args: argparse.Namespace) -> None:
 
     if args.merge and not args.adapter:
         raise ValueError("--merge needs the adapter to merge: --adapter FOLDER")
-    out, model = _out_folder(args.out, resume=False), load_pretrained(args.model)
+    out, model = _out_folder(args.out), load_pretrained(args.model)
     enc = load_tokenizer(args.model)
     if args.adapter:
         load_adapter(model, args.adapter)
@@ -567,11 +564,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", nargs="+", metavar="TEXT", help=f"{texts} (default: the course's corpus)")
     p.add_argument("--heldout", metavar="FILE", help="text to measure the loss on (default: heldout.txt beside --data)")
     p.add_argument("--out", default="runs/base", metavar="FOLDER", help="where the model goes")
-    _add_training(p, 200, steps=4400, batch_size=4, lr=2e-3, seed=0)
+    _add_training(p, "by the clock, every 10 minutes, too", steps=4400, batch_size=4, lr=2e-3, seed=0)
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per update")
     p.add_argument("--prompt", metavar="TEXT", help="text to continue as the run goes")
     p.add_argument("--window", type=int, metavar="N", help="tokens per row (default: 512, or all positions)")
-    p.add_argument("--warmup", type=int, default=200, metavar="N", help="updates until the highest learning rate")
+    p.add_argument("--warmup", type=int, metavar="N", help="updates until the highest learning rate (default: 200, or a tenth)")
     _finetune_options(_add(commands, "finetune", run_finetune, "teach a model to answer", "the model to tune"))
     p = _add(commands, "evaluate", run_evaluate, "measure perplexity and right answers", "the model to measure")
     p.add_argument("--data", nargs="+", metavar="TEXT", help="text files: loss, perplexity, bits per byte of each")
@@ -619,13 +616,14 @@ def _finetune_options(p: _Parser) -> None:
     p.add_argument("--limit", type=int, metavar="N", help="use the first N records only")
     p.add_argument("--val", metavar="FILE", help="records to measure the loss on (default: val.json beside --data)")
     p.add_argument("--out", metavar="FOLDER", help="where it goes (default: runs/MODEL-adapter)")
+    p.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter to train on (default: a new one)")
     p.add_argument("--full", action="store_true", help="train all weights instead of a LoRA adapter")
     p.add_argument("--pack", action="store_true", help="put several records into a row")
     p.add_argument("--untrained", action="store_true", help="random weights in the model's shape, for a trial run")
     for name, text in {"r": "rank", "alpha": "strength", "epochs": "passes", "max-len": "tokens per record"}.items():
         kind = float if name == "alpha" else int
         p.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} (default: by the model's size)")
-    _add_training(p, 100, seed=0)
+    _add_training(p, "100", seed=0)
 
 # %% ../notebooks/10_the_library.ipynb #55722ab4
 def main(argv: Sequence[str] | None = None) -> int:
@@ -642,7 +640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except KeyboardInterrupt as stop:
         what, saved, _ = str(stop).partition(": go on with ")  # as `train` says it in Python
-        how = ": the same command with --resume goes on" if saved else ""
+        how = ": the same command goes on" if saved else ""
         sys.stderr.write(f"\nminigpt: {what or 'stopped'}{how}\n")
         return 130
     except BrokenPipeError:  # whoever read our output, `head` for example, has enough
