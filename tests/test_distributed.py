@@ -69,6 +69,7 @@ def test_the_module_runs_under_torchrun_and_goes_on(tmp_path):
     (tmp_path / "text.txt").write_text("One two three four five. " * 400)
     words = ["-m", "minigpt_lib.training.run", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
     words += ["--window", "16", "--steps", "3", "--batch-size", "4", "--prompt", "One", "--device", "cpu"]
+    words += ["--precision", "fp32", "--lr", "1e-3"]
     for _ in range(2):
         done = torchrun(*words)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -82,7 +83,7 @@ def test_the_module_runs_under_torchrun_and_goes_on(tmp_path):
     assert np.abs(losses[0] / losses[1] - 1).max() < 1e-5, losses
     assert all("One" in json.loads(lines[-1])["sample"] for lines in both)
     done = torchrun(*words, "--lr", "0.5")
-    assert done.returncode != 0 and "another TrainConfig: lr is 0.002 there and 0.5 here" in done.stderr
+    assert done.returncode != 0 and "another TrainConfig: lr is 0.001 there and 0.5 here" in done.stderr
 
 
 @needs_gloo

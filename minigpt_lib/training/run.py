@@ -6,6 +6,7 @@ __all__ = ['interrupt_flag', 'train', 'pretrain_config', 'pretrain', 'training_p
 # %% ../../notebooks/04c_long_runs.ipynb #5811b46d
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -276,10 +277,11 @@ def _first_lines(
 ) -> str:
     """What a run reads and how often, in words, for stderr."""
     size = sum(path.stat().st_size for path in sources.files) / 1e6
-    names = [str(path) for path in sources.files]
+    names = [min(str(path), os.path.relpath(path), key=len) for path in sources.files]
     shown = ", ".join(names if len(names) < 6 else [*names[:4], f"and {len(names) - 4} more"])
     if sources.heldout:
-        held = f"{', '.join(map(str, sources.heldout))}, of which {measured:,} tokens are measured"
+        where = ", ".join(min(str(path), os.path.relpath(path), key=len) for path in sources.heldout)
+        held = f"{where}, of which {measured:,} tokens are measured"
     else:
         held = f"the last {measured:,} tokens of the text" if measured else "nothing"
     out = [*sources.left_out[:8], *["…"] * (len(sources.left_out) > 8)]

@@ -189,7 +189,7 @@ def encode_texts(
     for path in files:
         empty = True
         with path.open("rb") as file:
-            for parts in _batched(_cut(_split(_decode(path, file, size)), size), size):
+            for parts in _batched(_cut(_split(_decode(path, file, size)), size // 2), size // 2):
                 encoded = enc.encode_ordinary_batch([text for text, _ in parts], num_threads=2)
                 ids: list[int] = []
                 for piece, (_, ends) in zip(encoded, parts, strict=True):
