@@ -115,7 +115,7 @@ def test_decode_writes_greedy_text_and_the_cache_goes_on(model):
 @in_interpreter
 def test_draws_follow_the_probabilities_and_the_seed(model):
     fused, n = FusedGPT(model), 300
-    logits = 1.5 * torch.randn(71)
+    logits = 0.2 * torch.randn(71)  # LayerNorm makes about 8 times as much of it, over the temperature
     best, best_at, choice = torch.zeros(5), torch.zeros(5, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     w, x, one, room = torch.zeros(71, 32), torch.zeros(32), torch.ones(32), torch.zeros(71)
     x[0], w[:, 0] = 1.0, logits  # LayerNorm of a unit vector is a known multiple of it

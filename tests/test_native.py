@@ -52,6 +52,17 @@ def test_steps_agree_with_the_plain_model(seed, weights, T, config):
             assert (got - model(idx)[0]).abs().max() > 3 * CLOSE[weights]  # it was rounded at all
 
 
+@pytest.mark.parametrize("weights", FORMS)
+def test_weights_that_lie_transposed_in_memory(model, weights):
+    """As those of a checkpoint in Conv1D's layout do: the C++ reads memory, not strides."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.t().contiguous().t()
+    idx = prompt(30)
+    want, got = one_by_one(rounded(model, weights), idx), one_by_one(NativeGPT(model, weights), idx)
+    assert (got - want).abs().max() <= CLOSE[weights]
+
+
 def test_a_head_with_a_bias_and_without(model, seed):
     """c_attn has one, the head has none: a wrong address would take another tensor's numbers."""
     for layer in (m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None):

@@ -49,12 +49,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, weights: str | None = None, *, packed: bool = False, wide: bool = False):
         super().__init__()
-        weight, scale = weight_in_use(linear).detach(), None
+        weight, scale = weight_in_use(linear).detach().contiguous(), None  # kernels rely on the order in memory
         if weights == "int8":
             weight, scale = quantize_int8(weight)
         else:
             dtype = weight.dtype if weights is None else getattr(torch, weights)
-            weight = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            weight = weight.to(dtype, copy=True)
         self.packed, self.wide = packed, wide
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, 16) if packed else weight)
         self.register_buffer("scale", scale)
@@ -155,7 +155,7 @@ class PackedGPT(GPTLanguageModel):
                 setattr(self.get_submodule(path), child, mine)
             else:
                 for kind, p in theirs.named_parameters(recurse=False):
-                    setattr(layer, kind, nn.Parameter(p.detach().clone(), requires_grad=False))
+                    setattr(layer, kind, nn.Parameter(p.detach().contiguous().clone(), requires_grad=False))
         if not packed:  # in oneDNN's order nobody can look up a row
             self.wte = PackedEmbedding(self.lm_head, model.wpe.weight.dtype)
             into_huge_pages([layer for layer in self.modules() if isinstance(layer, PackedLinear)])
