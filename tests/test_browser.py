@@ -644,7 +644,7 @@ def test_the_tokens_of_a_reply_come_into_sight_and_mark_it(browser, served, widt
     page.locator("#choices .strip").wait_for()
     page.wait_for_timeout(1000)  # it scrolls smoothly
     strip = page.locator("#choices .strip label").first.bounding_box()
-    assert 0 <= strip["y"] and strip["y"] + strip["height"] <= height, strip
+    assert strip["y"] >= 0 and strip["y"] + strip["height"] <= height, strip
     marks = page.locator("#talk article.assistant").evaluate_all("all => all.map(e => e.classList.contains('looked'))")
     assert marks == [True, False]
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

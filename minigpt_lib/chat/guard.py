@@ -40,7 +40,7 @@ class Guard:
         if refused is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             try:
                 receive = await asyncio.wait_for(self.whole(receive), BODY_SECONDS)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 refused = 408, "the request did not come to its end"
             except ValueError as error:
                 refused = 413, str(error)
