@@ -187,7 +187,7 @@ def _wire_attention(gr: Any, do: ChatHandlers, part: Page, controls: list[Any]) 
     chosen = _picker(gr, part, do.inside.head, ["layer", "head"])
     part["heads"].select(chosen, None, [part["layer"], part["head"]], **_QUIET)
 
-# %% ../../notebooks/09c_serving.ipynb #7bab925a
+# %% ../../notebooks/09c_serving.ipynb #651e846c
 def _wire_memory(gr: Any, do: ChatHandlers, part: Page) -> None:
     stored, name = part["stored"], json.dumps(part["stored"].storage_key)
     part["stored"].change(None, stored, None, js=f"(talk) => minigpt.keep({name}, talk)", **_QUIET)
@@ -263,7 +263,7 @@ def check_port(port: int | None, host: str = "127.0.0.1") -> int:
             ) from error
         return probe.getsockname()[1]
 
-# %% ../../notebooks/09c_serving.ipynb #689f89cb
+# %% ../../notebooks/09c_serving.ipynb #c1e0d570
 _SERVED: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the app that this process serves on a port
 
 

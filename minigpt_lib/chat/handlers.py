@@ -213,7 +213,7 @@ class Inside:
         """The layer and the head that were chosen among all."""
         return {"layer": layer, "head": head} if isinstance(layer, int) and isinstance(head, int) else {}
 
-# %% ../../notebooks/09b_the_app.ipynb #a12e43f0
+# %% ../../notebooks/09b_the_app.ipynb #ec4d45d0
 def unmarked(history: list[dict]) -> list[dict]:
     """The conversation without the mark of a message that is being edited."""
     return [{k: v for k, v in m.items() if k != "editing"} for m in history]
