@@ -57,10 +57,11 @@ def _add_training(p: _Parser, checkpoints: str, **defaults: Any) -> None:
 
 # %% ../notebooks/10_the_library.ipynb #ed0df556
 def _out_folder(out: str) -> Path:
-    """The folder to write to. Raises ValueError rather than touch finished work."""
+    """The folder to write to. Raises ValueError rather than touch finished work, a result with no checkpoint beside it."""
     folder = Path(out)
+    unfinished = any(folder.glob("checkpoint-*.pt"))
     for name, what in (("model.safetensors", "a model"), ("adapter_model.safetensors", "an adapter")):
-        if (folder / name).exists():
+        if (folder / name).exists() and not unfinished:
             raise ValueError(f"--out {shown(out)} holds {what} already: choose another folder, or delete that one")
     return folder
 
@@ -96,10 +97,10 @@ def run_chat(args: argparse.Namespace) -> None:
     """Serve the chat page until Ctrl-C."""
     from minigpt_lib.chat.app import build_app, check_port, launch
 
-    port = check_port(args.port)  # before the slow part
+    port = check_port(args.port, args.host)  # before the slow part
     adapter = args.adapter[0] if args.adapter in (["auto"], ["none"]) else args.adapter
     app = build_app(args.model, None if adapter == "none" else adapter, args.device)
-    launch(app, port, browser=args.browser)
+    launch(app, port, browser=args.browser, host=args.host, allow_origins=args.allow_origin)
 
 # %% ../notebooks/10_the_library.ipynb #6f7c6bfa
 def run_generate(args: argparse.Namespace) -> int:
@@ -367,13 +368,11 @@ def run_finetune(args: argparse.Namespace) -> None:
 # %% ../notebooks/10_the_library.ipynb #dc3f959a
 def _tuning(args: argparse.Namespace, config: Any, records: int, device: Any) -> tuple[Any, Any]:
     """The recipe for the model's size and its TrainConfig, with what the command line says otherwise."""
-    from dataclasses import replace
-
     from minigpt_lib.tuning.sft import recipe_for
 
     given = {name: value for name, value in vars(args).items() if value is not None}
-    recipe = recipe_for(config)
-    recipe = replace(recipe, **{k: given[k] for k in ("r", "alpha", "epochs", "batch_size", "max_len") if k in given})
+    names = ("r", "alpha", "epochs", "batch_size", "max_len")
+    recipe = recipe_for(config, full=args.full, **{k: given[k] for k in names if k in given})
     fields = ("steps", "lr", "seed", "precision", "compile", "gradient_checkpointing", "checkpoint_every")
     changes = {k: given[k] for k in fields if k in given}
     if args.lr:
@@ -505,15 +504,16 @@ def chosen(llm: Any, question: dict[str, Any]) -> int:
 def run_tokenizer(args: argparse.Namespace) -> None:
     """Train a byte-level BPE on text and write a folder that `load_tokenizer` and `pretrain --tokenizer` read."""
     from minigpt_lib.text.bpe import train_bpe
-    from minigpt_lib.text.tokenizer import save_ranks
+    from minigpt_lib.text.tokenizer import load_tokenizer, save_ranks, save_tokenizer
 
     out = Path(args.out)
-    if (out / "tokenizer.tiktoken").exists():
+    if any((out / name).exists() for name in ("tokenizer.tiktoken", "tokenizer.json", "vocab.json")):
         raise ValueError(f"--out {shown(out)} holds a tokenizer already: choose another folder, or delete that one")
     texts = [decoded(Path(name).read_bytes(), name) for name in args.data]
     ranks = train_bpe(texts, args.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     save_ranks(ranks, out / "tokenizer.tiktoken")
+    save_tokenizer(load_tokenizer(out), out)  # tokenizer.json too, for Transformers
     print(f"{out} holds a tokenizer of {args.vocab_size} tokens: minigpt pretrain --tokenizer {shown(out)} --data TEXT")
 
 # %% ../notebooks/10_the_library.ipynb #7bcb5947
@@ -526,10 +526,12 @@ def run_verify(args: argparse.Namespace) -> int:
 
     if args.name and args.model not in ("mini", args.name):
         raise ValueError(f"two models are named, {args.name} and --model {args.model}: which is to be verified?")
+    if args.update and args.openai:
+        raise ValueError("--update stores what a folder's model computes: leave --openai out")
     model = args.name or args.model
     try:
         if args.update:
-            print(f"wrote {write_goldens(model)}")
+            print(f"wrote {write_goldens(model, device=pick_device(args.device))}")
         source = fetch_openai(model) if args.openai else model
         checks = verify(source, device=pick_device(args.device), known=known_goldens(model))
     except FetchError as error:
@@ -549,6 +551,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = _add(commands, "chat", run_chat, "open the chat page on this machine", "the model to talk to")
     p.add_argument("--adapter", nargs="+", default="auto", metavar="FOLDER", help="folders, none, auto (its adapter/)")
     p.add_argument("--port", type=int, default=7860, metavar="N", help="the port on 127.0.0.1; 0 takes a free one")
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="of this machine, if not this machine alone")
+    p.add_argument("--allow-origin", nargs="+", default=(), metavar="URL", help="other pages that may use this one")
     p.add_argument("--browser", action="store_true", help="open the page in the default browser")
     _generate_options(_add(commands, "generate", run_generate, "continue a text, or answer it (--chat)", "the writer"))
     p = _add(commands, "tokenizer", run_tokenizer, "learn a vocabulary from text", "not used")
@@ -568,7 +572,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per update")
     p.add_argument("--prompt", metavar="TEXT", help="text to continue as the run goes")
     p.add_argument("--window", type=int, metavar="N", help="tokens per row (default: 512, or all positions)")
-    p.add_argument("--warmup", type=int, metavar="N", help="updates until the highest learning rate (default: 200, or a tenth)")
+    about = "updates until the highest learning rate (default: 200, at most a tenth of all)"
+    p.add_argument("--warmup", type=int, metavar="N", help=about)
     _finetune_options(_add(commands, "finetune", run_finetune, "teach a model to answer", "the model to tune"))
     p = _add(commands, "evaluate", run_evaluate, "measure perplexity and right answers", "the model to measure")
     p.add_argument("--data", nargs="+", metavar="TEXT", help="text files: loss, perplexity, bits per byte of each")

@@ -75,7 +75,7 @@ def test_starts_with_its_title(path):
 def test_is_made_of_short_cells(path):
     """A cell that holds one class, or one piece of C++ or CSS, may be as long as that is."""
     cells = code_cells(path)
-    assert statistics.median(len(code_lines(c.source)) for c in cells) < 8
+    assert path in WORKSHOPS or statistics.median(len(code_lines(c.source)) for c in cells) < 8
     for cell in cells:
         whole = sum(not isinstance(n, (ast.Import, ast.ImportFrom)) for n in parse(cell.source).body) == 1
         assert len(code_lines(cell.source)) <= (120 if whole and EXPORT.search(cell.source) else 45), cell.source[:200]
@@ -129,15 +129,22 @@ def test_a_lesson_is_of_a_size_that_a_person_finishes(path):
 
 
 def test_the_lessons_export_what_can_be_read_in_an_evening():
-    exported = [c for path in LESSONS for c in code_cells(path) if EXPORT.search(c.source)]
-    assert sum(len(code_lines(c.source)) for c in exported) <= 1650
+    """The code alone; what it says of itself in docstrings comes on top."""
+    exported = [c.source for path in LESSONS for c in code_cells(path) if EXPORT.search(c.source)]
+    documented = sum(
+        n.body[0].end_lineno - n.body[0].lineno + 1
+        for source in exported
+        for n in ast.walk(parse(source))
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(n)
+    )
+    assert sum(len(code_lines(source)) for source in exported) - documented <= 1600
 
 
 @each_workshop
 def test_a_workshop_says_who_may_skip_it_and_stays_a_tour(path):
     assert sum(len(code_lines(c.source)) for c in code_cells(path)) <= 950
     first = nbformat.read(path, as_version=4).cells[0].source
-    assert re.search(r"\bskip\b", first), "its first cell does not say who may skip it"
+    assert re.search(r"\bskip\b", first, re.I), "its first cell does not say who may skip it"
 
 
 @each_lesson

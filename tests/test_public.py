@@ -1,6 +1,7 @@
 """The library as others see it: public names, direction of the imports, an import that does nothing else."""
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -20,21 +21,23 @@ NAMES = [
 ]  # fmt: skip
 
 
-def module_order() -> list[str]:
-    """The library's modules in the order in which the notebooks write them, which is the order of imports."""
-    order: dict[str, None] = {}
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+def notebook_of() -> dict[str, int]:
+    """The place among the notebooks of the one that writes each module, by module."""
+    places: dict[str, int] = {}
+    for i, path in enumerate(sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))):
         default = ""
         for cell in json.loads(path.read_text("utf-8"))["cells"]:
             source = "".join(cell["source"])
             if named := re.search(r"^#\| default_exp (\S+)", source, re.M):
                 default = named[1]
             if exported := re.search(r"^#\| exporti?(?: (\S+))?$", source, re.M):
-                order.setdefault(exported[1] or default)
-    return list(order)
+                module = exported[1] or default
+                assert places.setdefault(module, i) == i, f"two notebooks write {module}"
+    return places
 
 
-ORDER = sorted(module_order(), key=lambda name: name == "__init__")  # the package's own face comes last
+PLACES = notebook_of()
+ORDER = sorted(PLACES, key=lambda name: name == "__init__")  # the package's own face comes last
 ROOMS = sorted(p.parent.name for p in LIBRARY.glob("*/__init__.py"))
 MODULES = sorted(
     ".".join(p.relative_to(LIBRARY).with_suffix("").parts)
@@ -144,14 +147,24 @@ def test_each_exported_name_is_defined_once():
 # --- imports
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_to_lower_notebooks_only(module):
-    for node in ast.walk(tree(module)):  # inside functions and TYPE_CHECKING too
-        for name in imported(node, module):
-            if name.split(".")[0] == "minigpt_lib" and name != "minigpt_lib.__version__":
-                other = name.removeprefix("minigpt_lib.")
-                assert ORDER.index(other) < ORDER.index(module), f"{module} line {node.lineno} imports {other}"
+def needed_by(module: str) -> set[str]:
+    """The library's modules that a module imports, inside functions and TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(tree(module)):
+        found |= {name.removeprefix("minigpt_lib.") for name in imported(node, module) if name[:11] == "minigpt_lib"}
         assert not (isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names)), "a star import"
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_to_earlier_notebooks_or_stay_in_their_own(module):
+    for other in needed_by(module):
+        assert PLACES[other] <= PLACES[module], f"{module} imports {other}, which a later notebook writes"
+
+
+def test_no_module_needs_itself_in_the_end():
+    order = graphlib.TopologicalSorter({module: needed_by(module) for module in MODULES})
+    assert len(list(order.static_order())) == len(MODULES)  # raises CycleError for a circle
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -17,7 +17,7 @@ import torch
 from ..generation.decode import Step, steps
 from ..generation.kv_cache import KVCache
 from ..model.gpt import GPTLanguageModel
-from ..tuning.chat_template import Messages, encode_prompt
+from ..tuning.chat_template import Messages, encode_prompt, trim
 
 # %% auto #0
 __all__ = ['LIMITS', 'Item', 'fit_turns', 'Sampling', 'Reply', 'timed', 'stream_reply', 'stream_text']
@@ -164,7 +164,8 @@ def _begin(
     budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
     cache = cache if sampling.use_cache else None
     reused = 0 if cache is None else cache.reuse(idx)
-    made = steps(model, idx, budget, stop_ids=(enc.eot_token,), kv_cache=cache, **sampling.options())
+    options = sampling.options() | {"stop_ids": (enc.eot_token,), "n_vocab": enc.n_vocab}
+    made = steps(model, idx, budget, kv_cache=cache, **options)
     blank = Reply("", (), 0.0, 0.0, len(prompt), reused, n_ctx, dropped, "")
     return _write(made, enc, blank, "length" if budget == sampling.max_new_tokens else "context")
 
@@ -185,7 +186,7 @@ def stream_reply(
     sampling, n_ctx = sampling or Sampling(), model.config.n_ctx
     prompt, dropped = fit_turns(enc, messages, n_ctx, room=min(sampling.max_new_tokens, n_ctx // 4))
     replies = _begin(model, enc, prompt, sampling, cache, dropped)
-    return (replace(reply, text=reply.text.strip()) for reply in replies)
+    return (replace(reply, text=trim(reply.text.removeprefix(" "))) for reply in replies)
 
 # %% ../../notebooks/09_chat.ipynb #ec631388
 def stream_text(
@@ -193,9 +194,12 @@ def stream_text(
 ) -> Iterator[Reply]:
     """Continue a text as it stands, without the chat template; yields like `stream_reply`, only what was added.
 
+    The text `<|endoftext|>` alone begins a document.
+
     Raises ValueError for a text that is empty or leaves no position of n_ctx free.
     """
-    n_ctx, prompt = model.config.n_ctx, enc.encode_ordinary(text)
+    alone = text == "<|endoftext|>"  # what stands before every document: an unconditional sample
+    n_ctx, prompt = model.config.n_ctx, [enc.eot_token] if alone else enc.encode_ordinary(text)
     if not 0 < len(prompt) < n_ctx:
         raise ValueError(f"the text has {len(prompt)} tokens; 1 to {n_ctx - 1} can be continued within n_ctx={n_ctx}")
     return _begin(model, enc, prompt, sampling or Sampling())

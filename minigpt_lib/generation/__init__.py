@@ -60,8 +60,8 @@ from minigpt_lib.generation.options import as_ids as as_ids
 from minigpt_lib.generation.options import check_names as check_names
 from minigpt_lib.generation.options import check_options as check_options
 from minigpt_lib.generation.options import check_sampling as check_sampling
+from minigpt_lib.generation.options import integer as integer
 from minigpt_lib.generation.options import number as number
-from minigpt_lib.generation.options import whole as whole
 from minigpt_lib.generation.prompt_lookup import LookupResult as LookupResult
 from minigpt_lib.generation.prompt_lookup import generate_lookup as generate_lookup
 from minigpt_lib.generation.prompt_lookup import propose as propose

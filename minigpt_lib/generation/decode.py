@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kv_cache import KVCache, prefill
 from .loop import decode_loop
-from .options import DecodeOptions, as_ids, check_options, whole
+from .options import DecodeOptions, as_ids, check_options, integer
 from .sampling import draw, filter_logits, penalize_repeats, uniform
 from ..model.gpt import GPTLanguageModel
 
@@ -128,7 +128,7 @@ def plan_decode(
     device, V, n_ctx = model.wte.weight.device, model.config.vocab_size, model.config.n_ctx
     _check_prompt(idx, V)
     (B, T), mask = idx.shape, full["attention_mask"]
-    end = _length(T, whole("max_new_tokens", max_new_tokens, least=0), n_ctx, full["beyond"])
+    end = _length(T, integer("max_new_tokens", max_new_tokens, least=0), n_ctx, full["beyond"])
     if mask is not None:
         _check_mask(mask, idx)
         mask = None if mask.all() else F.pad(mask.to(device, torch.int64), (0, end - T), value=1)  # (B, end)

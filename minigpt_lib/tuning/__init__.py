@@ -68,5 +68,4 @@ from minigpt_lib.tuning.sft import RECIPES as RECIPES
 from minigpt_lib.tuning.sft import Recipe as Recipe
 from minigpt_lib.tuning.sft import count_cut as count_cut
 from minigpt_lib.tuning.sft import finetune as finetune
-from minigpt_lib.tuning.sft import folder_lock as folder_lock
 from minigpt_lib.tuning.sft import recipe_for as recipe_for
