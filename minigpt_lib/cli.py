@@ -57,7 +57,7 @@ def _add_training(p: _Parser, checkpoints: str, **defaults: Any) -> None:
 
 # %% ../notebooks/10_the_library.ipynb #ed0df556
 def _out_folder(out: str) -> Path:
-    """The folder to write to. Raises ValueError rather than touch finished work, a result with no checkpoint beside it."""
+    """The folder to write to. Raises ValueError rather than touch a result with no checkpoint beside it."""
     folder = Path(out)
     unfinished = any(folder.glob("checkpoint-*.pt"))
     for name, what in (("model.safetensors", "a model"), ("adapter_model.safetensors", "an adapter")):

@@ -60,8 +60,9 @@ def test_help_lists_every_option_with_its_default(command, capsys):
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_help_says_what_becomes_of_a_run_that_is_killed(command, capsys):
     assert run(command, "--help") == 0
-    shown, every = " ".join(capsys.readouterr().out.split()), build_parser().parse_args([command]).checkpoint_every
-    assert f"checkpoint is saved every {every} updates" in shown and "same command with --resume" in shown
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The same command goes on with an unfinished run, also after a kill" in shown
+    assert "updates between checkpoints (default: " in shown
 
 
 def test_help_and_errors_do_not_wait_for_torch():
@@ -111,7 +112,6 @@ def test_every_command_takes_a_model():
         ("chat --port {busy}", "port {busy} .*--port"),
         ("pretrain --model {tiny} --data nowhere.txt --out new", "nowhere.txt"),
         ("pretrain --model {tiny} --data {text} --out {tiny}", "holds a model already"),
-        ("pretrain --model {tiny} --data {text} --out new --resume", "nothing to --resume"),
         ("pretrain --model {tiny} --data {text} --out new --window 999", "window=999.*n_ctx=256"),
         ("pretrain --model {tiny} --data {text} --out new --lr -1", "lr=-1.0"),
         ("finetune --model {tiny} --data nowhere.json", "nowhere.json"),
@@ -166,7 +166,7 @@ def test_ctrl_c_is_not_a_traceback(folder, capsys, monkeypatch):
     monkeypatch.setattr(cli, "run_generate", interrupted)
     assert run("generate", "Hi") == 130
     shown = capsys.readouterr().err
-    assert shown == "\nminigpt: stopped after 3 of 9 steps: the same command with --resume goes on\n"
+    assert shown == "\nminigpt: stopped after 3 of 9 steps: the same command goes on\n"
 
 
 # --- generate
@@ -492,12 +492,31 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(folder, tmp_
     monkeypatch.setattr(training, "train_step", stopping)
     assert run(*words, "--out", "parts") == 130
     shown = capsys.readouterr().err
-    assert "--resume goes on" in shown and "folder=" not in shown and list(Path("parts").glob("checkpoint-*.pt"))
+    assert "the same command goes on" in shown and "folder=" not in shown
+    assert list(Path("parts").glob("checkpoint-*.pt")) and not Path("parts/model.safetensors").exists()
     monkeypatch.setattr(training, "train_step", step)
-    assert run(*words, "--out", "parts") == 2 and "add --resume" in capsys.readouterr().err
-    assert run(*words, "--out", "parts", "--resume") == 0
+    assert run(*words, "--out", "parts") == 0
     whole, parts = (load_file(f"{name}/model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize("last", ["save_pretrained", "delete_checkpoints"])
+def test_a_run_that_dies_in_its_last_moment_is_finished_by_the_same_command(folder, tmp_path, monkeypatch, last):
+    (tmp_path / "train.txt").write_text("One two three four five. " * 300)
+    words = ["pretrain", "--model", folder, "--data", "train.txt", "--steps", 4, "--batch-size", 2, "--window", 16]
+    assert run(*words, "--out", "whole") == 0
+    home = {"save_pretrained": "weights.pretrained", "delete_checkpoints": "training.checkpoint"}[last]
+
+    def dies(*args, **kwargs):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"minigpt_lib.{home}.{last}", dies)
+        assert run(*words, "--out", "parts") == 137
+    assert run(*words, "--out", "parts") == 0
+    whole, parts = (load_file(f"{name}/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not list(Path("parts").glob("checkpoint-*")) and Path("parts/training.json").is_file()
 
 
 def test_finetune_writes_an_adapter_that_chat_and_peft_find(folder, tmp_path, capsys):
@@ -565,7 +584,7 @@ def test_an_interrupted_tuning_goes_on(folder, tmp_path, capsys, monkeypatch):
         return step(*args, **kwargs)
 
     monkeypatch.setattr(training, "train_step", press)
-    assert run(*words, "--out", "parts") == 130 and "--resume" in capsys.readouterr().err
+    assert run(*words, "--out", "parts") == 130 and "the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(training, "train_step", step)
     assert run(*words, "--out", "parts", "--resume", "--gradient-checkpointing") == 0  # this changes no result
     whole, parts = (load_file(f"{name}/adapter_model.safetensors") for name in ("whole", "parts"))
@@ -709,7 +728,9 @@ def test_the_version_can_be_asked_for(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("finetune --full --r 4", "--r and --alpha belong to a LoRA adapter"),
+        ("finetune --full --r 4", "belong to LoRA: leave them out, or leave --full out"),
+        ("finetune --adapter some --alpha 4", "--adapter goes on with an adapter as it is"),
+        ("verify mini --openai --update", "leave --openai out"),
         ("verify mini --model gpt2", "two models are named, mini and --model gpt2"),
     ],
 )
