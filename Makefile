@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 CHECK  := MINIGPT_MODEL=mini MINIGPT_DEVICE=cpu GRADIO_ANALYTICS_ENABLED=False
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick chat export notebooks workbook progress mine lint types check data clean
+.PHONY: help lab test quick gpu lessons chat export notebooks workbook progress mine lint types check data clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '  make %-10s %s\n' "$$name" "$$about"; done
@@ -29,6 +29,13 @@ test: $(READY)  ## set up if needed, then run every test, the notebooks included
 
 quick: $(READY)  ## the tests without notebooks, browsers, other processes and large models
 	$(CHECK) $(BIN)/python -m pytest tests -q -m "not slow"
+
+lessons: $(READY)  ## the ten lessons alone, from clean kernels, compared with their stored outputs
+	$(CHECK) $(BIN)/python -m pytest --nbval --nbval-current-env notebooks/0[0-9]_*.ipynb
+
+gpu:  ## check and measure decoding on a CUDA GPU, with the PyTorch of $(PYTHON): no set-up, no network
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m cuda -p no:cacheprovider tests || true
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
 
 chat: $(READY)  ## open the chat app on http://127.0.0.1:7860
 	$(BIN)/minigpt chat

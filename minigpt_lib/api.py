@@ -212,8 +212,8 @@ class LLM:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         new = min(settings.max_new_tokens, n_ctx - width)
         stop = self.enc.eot_token
-        options = settings.options() | {"stop_ids": (stop,), "n_vocab": self.enc.n_vocab, "attention_mask": mask}
-        ids = generate(self._decoder(self.model)[1], idx, new, **options)[:, width:].tolist()
+        how: Any = settings.options() | {"stop_ids": (stop,), "n_vocab": self.enc.n_vocab, "attention_mask": mask}
+        ids = generate(self._decoder(self.model)[1], idx, new, **how)[:, width:].tolist()
         return [self.enc.decode(row[: row.index(stop)] if stop in row else row) for row in ids]
 
     def chat(self, messages: str | Messages, **options: Unpack[GenerateOptions]) -> str:

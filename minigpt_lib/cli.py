@@ -320,9 +320,9 @@ def _draw_loss(history: list[dict], path: Path) -> None:
         return
     fig = Figure(figsize=(8, 3.5))
     ax = fig.subplots()
-    lines = {"loss": {"lw": 0.6, "color": "#5eead4", "label": "training"},
-             "val_loss": {"marker": "o", "ms": 3, "color": "#0f766e", "label": "held out"}}
-    for name, look in lines.items():
+    looks: dict[str, Any] = {"loss": {"lw": 0.6, "color": "#5eead4", "label": "training"},
+                             "val_loss": {"marker": "o", "ms": 3, "color": "#0f766e", "label": "held out"}}
+    for name, look in looks.items():
         points = [(step["step"], step[name]) for step in history if name in step]
         ax.plot(*zip(*points, strict=True), **look) if points else None
     ax.set(xlabel="step", ylabel="loss (nats per token)")
@@ -392,8 +392,8 @@ def _instructions(args: argparse.Namespace) -> tuple[list[Any], list[Any] | None
     alpaca = args.data == "alpaca"
     data = fetch_alpaca("runs/alpaca") if alpaca else Path(args.data or data_dir() / "instructions" / "train.json")
     if not alpaca and not args.clean:
-        records, val = load_records(data), _beside(data, "val.json", args.val)
-        return records[: args.limit], load_records(val) if val else None
+        beside = _beside(data, "val.json", args.val)
+        return load_records(data)[: args.limit], load_records(beside) if beside else None
     kept, dropped = clean_records(read_records(data))
     for number, reason in dropped[:10]:
         print(f"dropped record {number}: {reason}", file=sys.stderr)

@@ -18,7 +18,7 @@ from minigpt_lib.tuning.chat_template import encode_prompt
 from minigpt_lib.tuning.lora import add_lora, lora_layers, lora_parameters, merge_lora
 from minigpt_lib.tuning.metrics import format_rate, recall, recall_each, reply
 from minigpt_lib.tuning.peft_io import load_adapter, save_adapter
-from minigpt_lib.tuning.sft import RECIPES, Recipe, count_cut, finetune, folder_lock, recipe_for
+from minigpt_lib.tuning.sft import RECIPES, Recipe, count_cut, finetune, recipe_for
 from minigpt_lib.weights.pretrained import load_pretrained
 
 TINY = Recipe(4, 8, 0.0, ("c_attn", "c_proj", "c_fc"), epochs=2, batch_size=4, lr=3e-2, lr_full=5e-3, max_len=100)
@@ -227,26 +227,19 @@ def test_finetune_says_nothing_more_where_nothing_is_cut(model, enc, capsys):
 
 
 def test_two_runs_do_not_share_a_folder(model, enc, tmp_path):
-    with folder_lock(tmp_path), pytest.raises((ValueError, OSError), match=f"another run .* to {tmp_path}: wait"):
-        finetune(model, enc, SIMPLE, recipe=TINY, folder=tmp_path, progress=False)
-    assert not list(tmp_path.glob("[!.]*"))
-    cfg = TINY.train_config(6, full=True, steps=1)
-    finetune(model, enc, SIMPLE, recipe=TINY, cfg=cfg, folder=tmp_path, progress=False)
-
-
-def test_the_lock_of_another_process_holds_until_it_dies(tmp_path):
-    hold = "import sys, time; from minigpt_lib.tuning.sft import folder_lock\n"
-    hold += "with folder_lock(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    hold = "import sys, time; from minigpt_lib.training.checkpoint import run_lock\n"
+    hold += "with run_lock(sys.argv[1]): print('held', flush=True); time.sleep(300)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    cfg = TINY.train_config(6, full=True, steps=1)
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises((ValueError, OSError), match="another run"), folder_lock(tmp_path):
-            pass
+        with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by .*{other.pid}"):
+            finetune(model, enc, SIMPLE, recipe=TINY, cfg=cfg, folder=tmp_path, progress=False)
     finally:
         other.kill()
         other.wait()
-    with folder_lock(tmp_path):
-        pass
+    assert not list(tmp_path.glob("[!.]*"))
+    finetune(model, enc, SIMPLE, recipe=TINY, cfg=cfg, folder=tmp_path, progress=False)  # the lock died with its holder
 
 
 class Killed(BaseException):
