@@ -211,9 +211,9 @@ class GPTLanguageModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., vocab_size), float32 or wider: not rounded to a half-precision type."""
-        weight = self.lm_head.weight
-        half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
-        if not half or torch.is_grad_enabled() or type(self.lm_head) is not nn.Linear:
+        weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
+        half = x.dtype in (torch.bfloat16, torch.float16) and weight is not None and weight.dtype == x.dtype
+        if weight is None or not half or torch.is_grad_enabled():
             logits = self.lm_head(x)
             return logits if logits.dtype == torch.float64 else logits.float()
         if x.is_cuda and torch.__version__ >= "2.8":  # which brought out_dtype; TorchVersion compares as versions do
