@@ -52,9 +52,10 @@ def _drawn(gr: Any, part: Page, page: Page) -> dict:
 def _called(run: Callable, names: Sequence[str], **special: Any) -> Callable:
     """`run` with the signature that Gradio reads: arguments that it fills in itself, then the values, by name."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    run.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in (*special, *names)])
-    run.__annotations__ = special
-    return run
+    called: Any = run  # a function, which may carry a signature that is not its own
+    called.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in (*special, *names)])
+    called.__annotations__ = special
+    return called
 
 # %% ../../notebooks/09c_serving.ipynb #d31e9ab6
 def _listener(gr: Any, part: Page, do: Callable, *names: str) -> Callable:

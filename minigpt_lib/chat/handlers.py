@@ -104,7 +104,7 @@ def wanted(models: ChatModels, controls: Sequence[Any]) -> Wanted:
     """The page's controls, in the order of CONTROLS; those left out are as at the start. Raises ValueError."""
     given = dict(zip(CONTROLS, controls, strict=False))
     seed = given.pop("seed", None)
-    typed = seed.strip() if isinstance(seed, str) else seed  # it is typed, and empty for none
+    typed: Any = seed.strip() if isinstance(seed, str) else seed  # it is typed, and empty for none
     if isinstance(typed, str):
         typed = None if not typed else int(typed) if typed.isdecimal() and len(typed) < 20 else typed
     name = given.pop("adapter", next(iter(models.adapters), NO_ADAPTER)), given.pop("strength", 1.0)
@@ -248,8 +248,8 @@ class ChatHandlers:
             replies = stream_reply(want.model, self.models.enc, asked, want.sampling, cache)
             blank = {"role": "assistant", "content": "", "dropped": read(self.models, asked, want)[1]}
             history = [*asked, blank]
-            begun = {"talk": conversation(history, busy=True), "history": history, "stored": history, "idle": None}
-            yield page | begun | {"choices": "", "looked": None, "bin": []}
+            begun: Page = {"talk": conversation(history, busy=True), "history": history, "stored": history}
+            yield page | begun | {"idle": None, "choices": "", "looked": None, "bin": []}
             stored_s = 0.0
             for reply in paced(replies):
                 shown = self.written(asked, reply, want)
@@ -262,7 +262,7 @@ class ChatHandlers:
         said = {"role": "assistant", "content": reply.text, "ids": list(reply.ids), "dropped": reply.dropped,
                 "by": list(want.name)}
         history, last = [*asked, said], len(asked)
-        page = {"history": history, "status": status_line(reply, want.sampling.use_cache)}
+        page: Page = {"history": history, "status": status_line(reply, want.sampling.use_cache)}
         if not reply.finish:
             page["talk"] = conversation(history, busy=True)
             if want.watch and reply.step is not None:

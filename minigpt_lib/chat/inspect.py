@@ -5,6 +5,7 @@ __all__ = ['MAX_LOOK', 'Choice', 'choice', 'settled', 'choices', 'attention_maps
 
 # %% ../../notebooks/09_chat.ipynb #bf0a9568
 from dataclasses import dataclass
+from typing import cast
 
 import tiktoken
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .session import Sampling
 from ..generation.sampling import filter_logits, penalize_repeats
 from ..model.attention import attention
-from ..model.gpt import GPTLanguageModel
+from ..model.gpt import Block, GPTLanguageModel
 
 # %% ../../notebooks/09_chat.ipynb #d882b23d
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def attention_maps(model: GPTLanguageModel, ids: list[int]) -> Tensor:
     idx = torch.tensor([ids], device=model.wte.weight.device)  # (1, T)
     x = model.wte(idx) + model.wpe(torch.arange(idx.size(1), device=idx.device))  # (1, T, C)
     maps = []
-    for block in model.h:
-        maps.append(attention(*(t.float() for t in block.attn.heads(block.ln_1(x))))[1][0])  # (nh, T, T)
+    for block in cast("list[Block]", model.h):
+        q, k, v = (t.float() for t in block.attn.heads(block.ln_1(x)))  # (1, nh, T, hs) each
+        maps.append(attention(q, k, v)[1][0])  # (nh, T, T)
         x = block(x)  # (1, T, C)
     return torch.stack(maps).cpu()
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tiktoken
 import torch
@@ -44,7 +44,8 @@ def at_strength(tuned: GPTLanguageModel, strength: float) -> GPTLanguageModel:
     other = twin(tuned)
     with torch.no_grad():
         for layer in lora_layers(other).values():
-            layer.weight.data = (layer.base_weight + strength * layer.delta()).to(layer.weight.dtype)
+            base_weight = cast(torch.Tensor, layer.base_weight)  # a merged layer has one
+            layer.weight.data = (base_weight + strength * layer.delta()).to(layer.weight.dtype)
     return other
 
 # %% ../../notebooks/09b_the_app.ipynb #0e71afb4

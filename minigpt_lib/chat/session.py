@@ -152,13 +152,9 @@ def _write(made: Iterator[Step], enc: tiktoken.Encoding, reply: Reply, cut: str)
 
 # %% ../../notebooks/09_chat.ipynb #3176c694
 def _begin(
-    model: GPTLanguageModel,
-    enc: tiktoken.Encoding,
-    prompt: list[int],
-    sampling: Sampling,
-    cache: KVCache | None = None,
-    dropped: int = 0,
-) -> Iterator[Reply]:
+    model: GPTLanguageModel, enc: tiktoken.Encoding, prompt: list[int], sampling: Sampling,
+    cache: KVCache | None = None, dropped: int = 0,
+) -> Iterator[Reply]:  # fmt: skip
     """The replies to a prompt that fits."""
     n_ctx, idx = model.config.n_ctx, torch.tensor([prompt])  # (1, T)
     budget = min(sampling.max_new_tokens, n_ctx - len(prompt))
@@ -194,9 +190,7 @@ def stream_text(
 ) -> Iterator[Reply]:
     """Continue a text as it stands, without the chat template; yields like `stream_reply`, only what was added.
 
-    The text `<|endoftext|>` alone begins a document.
-
-    Raises ValueError for a text that is empty or leaves no position of n_ctx free.
+    `<|endoftext|>` alone begins a document. Raises ValueError for a text that is empty or fills all n_ctx positions.
     """
     alone = text == "<|endoftext|>"  # what stands before every document: an unconditional sample
     n_ctx, prompt = model.config.n_ctx, [enc.eot_token] if alone else enc.encode_ordinary(text)

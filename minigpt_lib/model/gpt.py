@@ -62,8 +62,8 @@ class GPTConfig:
         """The config of a named model, e.g. `GPTConfig.preset("gpt2", dropout=0.1)`; ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: use one of {', '.join(PRESETS)}")
-        fields = ("vocab_size", "n_ctx", "n_embd", "n_layer", "n_head")
-        return cls(**(dict(zip(fields, PRESETS[name], strict=True)) | changes))
+        named = cls(*PRESETS[name])  # their order is that of the fields
+        return cls(**(vars(named) | changes))
 
 # %% ../../notebooks/03_gpt2_model.ipynb #d316d232
 class LayerNorm(nn.Module):

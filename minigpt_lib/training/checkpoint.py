@@ -7,6 +7,7 @@ __all__ = ['FREE', 'save_checkpoint', 'checkpoints', 'find_checkpoint', 'delete_
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -211,7 +212,7 @@ def _acquire(path: Path, folder: Path) -> IO[str]:
 def _lock(file: IO[str]) -> bool:
     """Lock an open file without waiting; whether that worked. Where a disk knows no locks, a warning has to do."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

@@ -62,11 +62,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             total += to_gradient(logits, targets[part])
             dlogits = logits.to(dtype)  # (n, V)
-            if for_x:
+            if dx is not None:
                 dx[part] = dlogits @ head
-            if for_weight and dtype == dw.dtype:
+            if dw is not None and dtype == dw.dtype:
                 dw.addmm_(dlogits.T, inputs[part])
-            elif for_weight:  # products in 16 bits, their sum in 32
+            elif dw is not None:  # products in 16 bits, their sum in 32
                 dw += dlogits.T @ inputs[part]
         ctx.gradients, ctx.left = (dx, dw), left
         return total

@@ -58,4 +58,4 @@ def heldout_batches(tokens: np.ndarray, window: int, batch_size: int, limit: int
     n = (len(tokens) - 1) // window
     ids = torch.from_numpy(np.asarray(tokens[: n * window + 1]).astype(np.int64))  # (n * T + 1,)
     idx, targets = ids[:-1].view(n, window), ids[1:].view(n, window)  # (n, T), (n, T)
-    return list(zip(idx.split(batch_size), targets.split(batch_size), strict=True))[:limit]
+    return list(zip(idx.split(batch_size)[:limit], targets.split(batch_size)[:limit], strict=True))

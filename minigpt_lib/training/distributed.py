@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -73,11 +74,11 @@ def all_sum(value: Tensor) -> Tensor:
 
 def own_rows(batch: Batch, ranks: Ranks) -> Batch:
     """This rank's rows of a batch (B, T): every world-th one. A rank without any gets one that has nothing to learn."""
-    own = tuple(t[ranks.rank :: ranks.world] for t in batch)
+    own = cast(Batch, tuple(t[ranks.rank :: ranks.world] for t in batch))
     if len(own[0]):
         return own
     idx, targets, *numbers = (t[:1] for t in batch)
-    return idx, torch.full_like(targets, -100), *numbers
+    return cast(Batch, (idx, torch.full_like(targets, -100), *numbers))
 
 # %% ../../notebooks/04b_larger_models.ipynb #51909a67
 def parallelised(loss: SummedLoss, *, fsdp: bool = False) -> nn.Module:
@@ -103,12 +104,13 @@ def synchronised(loss: nn.Module, last: bool) -> contextlib.AbstractContextManag
     """A context in which the backward pass exchanges gradients between ranks only if this is the `last` micro-batch."""
     if isinstance(loss, DistributedDataParallel) and not last:
         return loss.no_sync()
-    if hasattr(getattr(loss, "model", None), "set_requires_gradient_sync"):  # FSDP2
-        loss.model.set_requires_gradient_sync(last)
+    model: Any = getattr(loss, "model", None)
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(last)
     return contextlib.nullcontext()
 
 # %% ../../notebooks/04b_larger_models.ipynb #0ccca00a
-def whole(value: object) -> object:
+def whole(value: Any) -> Any:
     """Gathers the sharded tensors in `value`, a tensor, list or dictionary. Collective: call it on every rank."""
     if isinstance(value, dict):
         return {key: whole(v) for key, v in value.items()}
@@ -121,9 +123,10 @@ def like(tensor: Tensor, p: Tensor) -> Tensor:
     """The tensor, sharded as `p` is: this rank's part of it, or all of it."""
     if not hasattr(p, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
+    sharded = cast(DTensor, p)
+    return distribute_tensor(tensor.to(p.device), sharded.device_mesh, sharded.placements)
 
 # %% ../../notebooks/04b_larger_models.ipynb #85927b8e
 def all_ranks_see(value: object) -> bool:

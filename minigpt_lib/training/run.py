@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
@@ -104,9 +104,11 @@ def train(
     main = current_ranks().main
     with run_lock(folder) if folder is not None and main else contextlib.nullcontext(), \
             prepared_engine(model, cfg) as engine:  # fmt: skip
-        optimizer, stored = configure_optimizer(model, cfg), {"data": data, "scaler": engine.scaler}
-        goes_on = _goes_on(resume, folder, engine.device)
-        start, history = load_checkpoint(folder, model, optimizer, cfg, **stored) if goes_on else (0, [])
+        optimizer, start = configure_optimizer(model, cfg), 0
+        history: History = []
+        stored: dict[str, Any] = {"data": data, "scaler": engine.scaler}
+        if _goes_on(resume, folder, engine.device) and folder is not None:
+            start, history = load_checkpoint(folder, model, optimizer, cfg, **stored)
         done, saved = start, time.monotonic()  # steps; the time of the latest checkpoint
         watchers = [open_history(folder if main else None, history), *([on_step] if on_step and main else [])]
         cost = _cost(model, batch_at(start * cfg.accumulate), cfg) if progress and main and start < cfg.steps else None
@@ -116,8 +118,9 @@ def train(
             done += 1
             if sample is not None and is_due(record["step"], cfg.eval_every, cfg.steps):
                 record["sample"] = sample()
-            if hasattr(model, "reshard"):  # FSDP2 keeps what a pass without gradients gathered: the next step must not
-                model.reshard()
+            # FSDP2 keeps what a pass without gradients gathered: the next step must not
+            if callable(reshard := getattr(model, "reshard", None)):
+                reshard()
             history.append(record)
             for watch in (show, *watchers):
                 watch(record)
@@ -153,7 +156,7 @@ def _check_run(cfg: TrainConfig, folder: str | Path | None, resume: bool | str, 
 def _goes_on(resume: bool | str, folder: str | Path | None, device: torch.device) -> bool:
     """Whether there is something to resume. All ranks answer alike, so that one which does not see the others' folder
     is told so by `load_checkpoint` and does not start anew."""
-    found = torch.tensor(float(bool(resume) and bool(checkpoints(folder))), device=device)
+    found = torch.tensor(float(bool(resume and folder is not None and checkpoints(folder))), device=device)
     return bool(all_sum(found))
 
 # %% ../../notebooks/04c_long_runs.ipynb #76cf4665
@@ -200,7 +203,7 @@ def pretrain(
     config: GPTConfig | None = None,
     start: GPTLanguageModel | None = None,
     window: int | None = None,
-    heldout: Corpus | bool | None = None,
+    heldout: Corpus | Literal[False] | None = None,
     device: torch.device | None = None,
     tokens: str | Path | None = None,
     prompt: str | None = None,
@@ -246,13 +249,13 @@ def pretrain(
             model = GPTLanguageModel(config) if start is None else start
         model = model.to(device)
         if progress and current_ranks().main:
-            measured = sum(count_targets(targets) for _, targets in val)
+            measured = sum(count_targets(batch[1]) for batch in val)
             sys.stderr.write(_first_lines(sources, model, cfg, window, len(ids), measured))
-        how = {"precision": cfg.precision, "loss": summed_loss_in_chunks}
-        looks = {"evaluate": lambda: evaluate_loss(model, val, **how)} if val else {}
-        looks |= {"sample": lambda: sample_text(model, enc, prompt)} if prompt else {}
-        options = {"folder": folder, "resume": resume, "on_step": on_step, "progress": progress, "data": data}
-        history = train(model, windows.batch, cfg, **looks, **options)
+        history = train(
+            model, windows.batch, cfg, folder=folder, resume=resume, on_step=on_step, progress=progress, data=data,
+            evaluate=(lambda: evaluate_loss(model, val, cfg.precision, summed_loss_in_chunks)) if val else None,
+            sample=(lambda: sample_text(model, enc, prompt)) if prompt else None,
+        )  # fmt: skip
         return whole_model(model).eval(), history
 
 # %% ../../notebooks/04c_long_runs.ipynb #7127f708

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import tiktoken
@@ -103,7 +103,8 @@ def _hidden(path: Path, folder: Path) -> str | None:
 # %% ../../notebooks/04c_long_runs.ipynb #e40f59be
 def left_out(folder: Path) -> list[str]:
     """What a corpus folder holds besides its texts, in words: hidden files, backups, other kinds of files."""
-    found, other = {}, Counter()
+    found: dict[str, str] = {}
+    other: Counter[str] = Counter()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if hidden := _hidden(path, folder):
             found[hidden] = "hidden"
@@ -149,7 +150,7 @@ def _same_text(a: Path, b: Path) -> bool:
     return a.samefile(b) or (a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False))
 
 # %% ../../notebooks/04c_long_runs.ipynb #c90bac69
-def find_sources(corpus: Corpus, heldout: Corpus | bool | None = None) -> Sources:
+def find_sources(corpus: Corpus, heldout: Corpus | Literal[False] | None = None) -> Sources:
     """Divides a corpus into what is trained on and what is held out; no text is in both.
 
     `heldout` names the text to hold out. By default that is what the corpus calls heldout, held-out, val, valid or
@@ -283,14 +284,14 @@ def build_token_file(
 def _write_tokens(
     path: Path, files: list[Path], enc: tiktoken.Encoding, sources: str, progress: Callable[[int, int], object] | None
 ) -> None:
-    sha, count, dtype = hashlib.sha256(), 0, np.uint16
+    sha, count, dtype = hashlib.sha256(), 0, np.dtype(np.uint16)
     with path.open("wb") as f:
         f.write(b" " * HEADER)
         for ids in encode_texts(files, enc, progress=progress):
             f.write(ids.tobytes())
             sha.update(ids.tobytes())
             count, dtype = count + len(ids), ids.dtype
-        facts = {"dtype": np.dtype(dtype).name, "count": count, "sha256": sha.hexdigest()}
+        facts = {"dtype": dtype.name, "count": count, "sha256": sha.hexdigest()}
         facts |= {"tokenizer": tokenizer_hash(enc), "sources": sources}
         f.seek(0)
         f.write(json.dumps(facts).encode().ljust(HEADER))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -48,9 +49,8 @@ class LoRAConfig:
         if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in (self.r, *dict(self.ranks).values())):
             raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1 {self.ranks or ''}".rstrip())
         if not all(0 < alpha < math.inf for alpha in (self.alpha, *dict(self.alphas).values())):
-            raise ValueError(
-                f"alpha={self.alpha} must be above 0: it is the strength of the update {self.alphas or ''}"
-            )
+            why = f"it is the strength of the update {self.alphas or ''}"
+            raise ValueError(f"alpha={self.alpha} must be above 0: {why}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if not self.targets:
@@ -114,6 +114,8 @@ class LoRALinear(nn.Linear):
     `base_weight` keeps the original weight.
     """
 
+    base_weight: Tensor | None
+
     def __init__(self, base: nn.Linear, config: LoRAConfig | None = None, name: str = "default"):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
@@ -134,7 +136,7 @@ class LoRALinear(nn.Linear):
     def branches(self, name: str | None = None) -> list[tuple[LowRank, float]]:
         """The active branches with their weights, or those of the adapter `name` with weight 1."""
         wanted = self.active if name is None else {name: 1.0}
-        owners = ((key.partition(":")[0], branch) for key, branch in self.adapters.items())
+        owners = ((key.partition(":")[0], cast(LowRank, branch)) for key, branch in self.adapters.items())
         return [(branch, wanted[owner]) for owner, branch in owners if owner in wanted]
 
     @property
@@ -240,15 +242,15 @@ def add_lora(
     if any(layer.merged for layer in there.values()):
         raise ValueError("the LoRA layers are merged: unmerge_lora(model) before adding another adapter")
     meant = target_layers(model, config)
-    new = {at: LoRALinear(model.get_submodule(at)) for at in meant}
+    new = {at: LoRALinear(cast(nn.Linear, model.get_submodule(at))) for at in meant}
     for at, part in ((at, part) for at, parts in meant.items() for part in parts):
         new[at].add(name, config.at(at), part)  # a layer that raises here is not yet in the model
     for at, layer in new.items():
         if at in there:
-            there[at].adapters.update(layer.adapters)
+            there[at].adapters.update(dict(layer.adapters.items()))
         else:
             replace_layer(model, at, layer)
-    model.lora_configs = lora_configs(model) | {name: config}
+    model.lora_configs = lora_configs(model) | {name: config}  # type: ignore[assignment]  # torch expects a Tensor
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.active = {name: 1.0}
@@ -281,9 +283,8 @@ def merge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
     if tied := tied_layers(model) & set(layers):
         raise ValueError(f"{', '.join(tied)} shares its matrix with the token embedding: merging would change both")
     new = {name: (layer.weight + layer.delta()).to(layer.weight.dtype) for name, layer in layers.items()}
-    for name, weight in new.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"merging {name} would give weights that are not finite; nothing was changed")
+    if bad := [name for name, weight in new.items() if not weight.isfinite().all()]:
+        raise ValueError(f"merging {bad[0]} would give weights that are not finite; nothing was changed")
     for name, layer in layers.items():
         layer.base_weight, layer.weight.data = layer.weight.data, new[name]
     return model
@@ -298,7 +299,7 @@ def unmerge_lora(model: GPTLanguageModel) -> GPTLanguageModel:
     if not all(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are not merged: there is nothing to undo")
     for layer in layers.values():
-        layer.weight.data, layer.base_weight = layer.base_weight, None
+        layer.weight.data, layer.base_weight = cast(Tensor, layer.base_weight), None
     return model
 
 # %% ../../notebooks/07_lora.ipynb #cdb180a1
@@ -316,7 +317,7 @@ def lora_disabled(model: GPTLanguageModel) -> Iterator[GPTLanguageModel]:
         for layer in switched:
             layer.enabled = False
         for layer, _ in merged:
-            layer.weight.data = layer.base_weight
+            layer.weight.data = cast(Tensor, layer.base_weight)
         yield model
     finally:
         for layer, weight in merged:
@@ -338,7 +339,7 @@ def remove_lora(model: GPTLanguageModel, *, keep_merged: bool = False) -> GPTLan
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         if layer.merged and not keep_merged:
-            plain.weight.data = layer.base_weight
+            plain.weight.data = cast(Tensor, layer.base_weight)
         replace_layer(model, name, plain.train(layer.training))
-    model.lora_configs = {}
+    model.lora_configs = {}  # type: ignore[assignment]  # torch expects a Tensor
     return model.requires_grad_(True)

@@ -7,6 +7,7 @@ __all__ = ['decode_reply', 'reply', 'complete', 'in_format', 'repeated_share', '
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tiktoken
 import torch
@@ -45,7 +46,7 @@ def reply(
     max_new_tokens: int = 128,
     *,
     temperature: float = 0.0,
-    **sampling: object,
+    **sampling: Any,
 ) -> str:
     """The model's answer to a conversation (or one instruction), as text without its end token; greedy by default.
 

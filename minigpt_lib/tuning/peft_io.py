@@ -7,6 +7,7 @@ __all__ = ['save_adapter', 'read_adapter_config', 'load_adapter']
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..atomic import write_atomically
 from ..model.gpt import GPTLanguageModel
-from .lora import LoRAConfig, LoRALinear, add_lora, lora_configs, lora_layers, target_layers
+from .lora import LoRAConfig, LoRALinear, LowRank, add_lora, lora_configs, lora_layers, target_layers
 
 # %% ../../notebooks/07b_adapters.ipynb #360e5e01
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -79,9 +80,9 @@ def _save_one(model: GPTLanguageModel, name: str, config: LoRAConfig, folder: Pa
     thirds = max(len(parts) for parts in layers.values())
     literal = all(any(at == t or at.endswith("." + t) for at in layers) for t in config.targets)
     raw = _adapter_config(config, sorted(config.targets if literal else layers), thirds, base_name)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in layers:
-        A, B = _as_whole(model.get_submodule(layer), name, config.at(layer).r * thirds)
+        A, B = _as_whole(cast(LoRALinear, model.get_submodule(layer)), name, config.at(layer).r * thirds)
         tensors |= {_key(layer, "lora_A"): A, _key(layer, "lora_B"): B}
     write_atomically(folder / _WEIGHTS_FILE, lambda path: _write_tensors(tensors, path))
     write_atomically(folder / _CONFIG_FILE, lambda path: path.write_text(json.dumps(raw, indent=2) + "\n", "utf-8"))
@@ -111,7 +112,7 @@ def _not_built(raw: dict) -> list[str]:
     return [f"{key}={value!r}" for key, value in sorted(on.items())]
 
 # %% ../../notebooks/07b_adapters.ipynb #92e19a38
-def _ends(raw: dict, key: str) -> tuple[tuple[str, float], ...]:
+def _ends(raw: dict, key: str) -> tuple[tuple[str, Any], ...]:
     """rank_pattern or alpha_pattern as pairs; only plain ends of names, of which PEFT takes the first that fits."""
     pairs = tuple((raw.get(key) or {}).items())
     if odd := [end for end, _ in pairs if set(end) & set(r"\^$*+?{}[]|()")]:
@@ -198,7 +199,7 @@ def load_adapter(model: GPTLanguageModel, folder: str | Path, name: str = "defau
     for an adapter that does not fit or of a variant that is not built here, and as `add_lora` does.
     """
     config = read_adapter_config(folder)
-    layers = {at: model.get_submodule(at) for at in target_layers(model, config)}
+    layers = {at: cast(torch.nn.Linear, model.get_submodule(at)) for at in target_layers(model, config)}
     expected = {_key(at, "lora_A"): (config.at(at).r, layer.in_features) for at, layer in layers.items()}
     expected |= {_key(at, "lora_B"): (layer.out_features, config.at(at).r) for at, layer in layers.items()}
     tensors = _read_adapter_weights(Path(folder), expected)
@@ -209,11 +210,11 @@ def load_adapter(model: GPTLanguageModel, folder: str | Path, name: str = "defau
         pairs = {at: _with_pissa_start(layers[at], *pair, config.at(at).scaling) for at, pair in pairs.items()}
         config = _twice_as_wide(config)
     shape = config.r, config.alpha, config.dropout, config.targets
-    own = {"ranks": dict(config.ranks), "alphas": dict(config.alphas)}
-    add_lora(model, *shape, rslora=config.rslora, name=name, **own)
+    own = dict(config.ranks), dict(config.alphas)
+    add_lora(model, *shape, rslora=config.rslora, name=name, ranks=own[0], alphas=own[1])
     with torch.no_grad():
         for at, (A, B) in pairs.items():
-            branch = model.get_submodule(at).adapters[name]
+            branch = cast(LowRank, cast(LoRALinear, model.get_submodule(at)).adapters[name])
             branch.lora_A.copy_(A)
             branch.lora_B.copy_(B)
     return model
