@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from decoding import one_by_one, pad, prompt, random_model
 
 from minigpt_lib.generation import cuda
+from minigpt_lib.generation.compiled import step_of
 from minigpt_lib.generation.cuda import FusedGPT, interpreted
 from minigpt_lib.generation.decode import generate, plan_decode
 from minigpt_lib.generation.kv_cache import KVCache
@@ -36,6 +38,32 @@ def test_without_triton_it_says_so(seed, monkeypatch):
     monkeypatch.setattr(cuda, "triton", None)
     with pytest.raises(RuntimeError, match=r"needs Triton.*FastGPT\(model\)"):
         FusedGPT(random_model(SMALL))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 0, "top_p": 0.5}, {"temperature": 0, "n_vocab": 30},
+     {"temperature": 0.8, "top_k": 9}, {"min_p": 0.1}, {"top_p": 0.8, "n_vocab": 40}],
+)  # fmt: skip
+def test_decode_follows_the_options_whatever_the_kernels_are(seed, monkeypatch, options):
+    """All that is Python, with PyTorch in the kernels' place: their noise apart, the plain model's text."""
+    model, idx = random_model(SMALL), prompt(5)
+    monkeypatch.setattr(cuda, "triton", SimpleNamespace(next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
+    monkeypatch.setattr(cuda, "interpreted", lambda: True)
+    asked = []
+
+    def token(self, inputs: tuple, temperature: float, u: torch.Tensor) -> None:
+        asked.append(temperature)
+        self.room["logits"].copy_(step_of(self, *inputs)[0, -1])
+        self.choice.copy_(self.room["logits"].argmax())
+
+    monkeypatch.setattr(FusedGPT, "token", token)
+    fused = FusedGPT(model)
+    want = generate(model, idx, 20, generator=torch.Generator().manual_seed(seed), **options)
+    got = generate(fused, idx, 20, generator=torch.Generator().manual_seed(seed), **options)
+    assert torch.equal(got, want) and asked == [0.0] * 20
+    generate(fused, idx, 3, temperature=0.7, n_vocab=71)
+    assert asked[20:] == [0.7] * 3  # a temperature alone is the kernel's business
 
 
 def test_importing_changes_no_environment():
@@ -164,6 +192,16 @@ def test_padding_and_batches_go_through_pytorch(model):
     assert torch.equal(one[0, 7:], out[1, 7:])
     plan = plan_decode(fused, idx, 6, temperature=0, attention_mask=mask)
     assert fused.decode(plan) is None
+
+
+@in_interpreter
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 5}])
+def test_logits_of_nan_end_it_and_name_no_token_that_is_not_there(model, options):
+    fused = FusedGPT(model)
+    fused.wpe.weight[8] = float("nan")
+    with pytest.raises(FloatingPointError, match="before token 10"):
+        generate(fused, prompt(5), 10, **options)
+    assert 0 <= int(fused.choice) < 71
 
 
 @in_interpreter

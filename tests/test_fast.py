@@ -18,6 +18,7 @@ from minigpt_lib.generation.compiled import (
     FastGPT,
     RecordedSteps,
     bucket,
+    choose,
     cpp_compiler,
     record,
     step_inputs,
@@ -25,8 +26,10 @@ from minigpt_lib.generation.compiled import (
 )
 from minigpt_lib.generation.decode import generate, plan_decode, stream
 from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.options import check_options
 from minigpt_lib.generation.prompt_lookup import generate_lookup
 from minigpt_lib.generation.quantized import BLOCK, PackedGPT, PackedLinear, quantize_int8
+from minigpt_lib.generation.sampling import draw, filter_logits
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
 from minigpt_lib.tuning.lora import add_lora, lora_disabled, merge_lora
 
@@ -567,6 +570,83 @@ def test_what_it_does_not_know_goes_step_by_step(model, recorded):
         assert recorded.decode(plan_decode(recorded, idx, 9, temperature=0, **options)) is None
     long = plan_decode(recorded, idx, 80, temperature=0, beyond="slide")
     assert recorded.decode(long) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 9},
+        {"top_p": 0.7, "n_vocab": 40},
+        {"temperature": 0, "n_vocab": 30, "prefill_chunk": 2},
+        {"temperature": 0.9, "min_p": 0.05, "beyond": "slide"},
+    ],
+)
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("stopping", [False, True])
+def test_generate_and_stream_write_the_plain_text_through_replays(model, recorded, seed, options, B, stopping):
+    """For the same seed; afterwards cache and generator are where plain decoding leaves them."""
+    idx, calls = prompt(7, B), []
+    decode = recorded.backend.decode
+    recorded.backend.decode = lambda plan, first: calls.append(first) or decode(plan, first)
+    free = generate(model, idx, 40, generator=torch.Generator().manual_seed(seed), **options)
+    stops = {"stop_ids": [int(row[7 + 9 + i]) for i, row in enumerate(free)]} if stopping else {}
+
+    def run(m: GPTLanguageModel, follow: bool) -> tuple:
+        generator, cache = torch.Generator().manual_seed(seed), KVCache.for_model(m, B)
+        given = options | stops | {"generator": generator, "kv_cache": cache}
+        text = list(stream(m, idx, 40, **given)) if follow else generate(m, idx, 40, **given).tolist()
+        return text, cache.pos, cache.ids[:, : cache.pos].tolist(), torch.rand(3, generator=generator).tolist()
+
+    for follow in (False, True)[: 1 + (B == 1)]:
+        assert run(recorded, follow) == run(model, follow)
+    assert calls == [None, 1][: 1 + (B == 1)]  # it went that way
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 5, 20])
+def test_a_stream_that_is_closed_early_forgets_what_was_ahead(model, recorded, seed, taken):
+    idx = prompt(6)
+
+    def run(m: GPTLanguageModel) -> tuple:
+        generator, cache = torch.Generator().manual_seed(seed), KVCache.for_model(m)
+        ids = stream(m, idx, 40, top_k=20, generator=generator, kv_cache=cache)
+        text = [next(ids) for _ in range(taken)]
+        ids.close()
+        return text, cache.pos, cache.ids[:, : cache.pos].tolist(), torch.rand(3, generator=generator).tolist()
+
+    assert run(recorded) == run(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}])
+def test_logits_that_are_not_finite_end_a_replay(model, recorded, value, options):
+    idx = prompt(6)
+    ok = generate(recorded, idx, 12, **options)
+    assert ok.shape == (1, 18)
+    recorded.wpe.weight[10] = value  # the position of the eleventh token
+    with pytest.raises(FloatingPointError, match="row 0, before token 12"):
+        generate(recorded, idx, 12, **options)
+    assert generate(recorded, idx, 5, **options).shape == (1, 11)  # it does not come so far
+
+
+def test_a_stop_id_hides_what_was_computed_behind_it(model, recorded):
+    idx = prompt(6)
+    stop = int(greedy_slow(model, idx, 1)[0, -1])
+    recorded.wpe.weight[10] = float("nan")
+    assert generate(recorded, idx, 16, temperature=0, stop_ids=stop).tolist() == [[*idx[0].tolist(), stop]]
+
+
+def test_choose_takes_the_ids_of_draw(seed):
+    """Also at the ends of the range, where an id of probability 0 must not come out."""
+    logits, n = 2 * torch.randn(500, 40), 500
+    options = check_options({"temperature": 0.7, "top_p": 0.9, "n_vocab": 33})
+    p = filter_logits(logits[:, :33], 0.7, top_p=0.9).softmax(-1)
+    u = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    assert torch.equal(choose(logits, options, u), draw(p, torch.Generator().manual_seed(seed)))
+    for extreme in (0.0, 1 - 2**-24, 1.0):
+        ids = choose(logits, options, torch.full((n,), extreme))
+        assert (p.gather(1, ids[:, None]) > 0).all()
 
 
 class FakeGraph:

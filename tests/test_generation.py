@@ -1,5 +1,6 @@
 """Decoding against Transformers, with the cache against without, every option of the loop, streaming."""
 
+import copy
 import gc
 import math
 import typing
@@ -24,7 +25,7 @@ from minigpt_lib.generation.decode import (
     steps,
     stream,
 )
-from minigpt_lib.generation.kv_cache import KVCache
+from minigpt_lib.generation.kv_cache import KVCache, prefill
 from minigpt_lib.generation.options import DEFAULTS, DecodeOptions, check_options
 from minigpt_lib.generation.sampling import filter_logits, penalize_repeats
 from minigpt_lib.model.gpt import GPTConfig, GPTLanguageModel
@@ -778,6 +779,90 @@ def test_the_last_token_is_looked_at_too(model, monkeypatch):
     with pytest.raises(FloatingPointError):
         generate(model, prompt(4), 5, temperature=0)
     assert generate(model, prompt(4), 0).size(1) == 4
+
+
+# ---- models that decode several tokens at once
+
+
+class Ahead(GPTLanguageModel):
+    """Writes up to four tokens at a time, beginning with `first`, from numbers that it draws beforehand."""
+
+    def decode(self, plan, first=None):
+        self.asked.append(first)
+        return None if plan.options["repetition_penalty"] else self.parts(plan, first or 4)
+
+    @torch.inference_mode()
+    def parts(self, plan, size: int):
+        assert not self.training
+        o, g, B = plan.options, plan.options["generator"], len(plan.ids)
+        t, done = plan.T, torch.zeros(B, dtype=torch.bool)
+        plan.cache.reuse(plan.ids[:, :t])
+        while t < plan.ids.size(1) and not done.all():
+            begin, size = t, min(size, 4, plan.ids.size(1) - t)
+            u = torch.rand(size, B, 1, generator=g) if o["temperature"] else None
+            while t < begin + size and not done.all():
+                logits = prefill(self, plan.ids[:, plan.cache.pos : t], plan.cache)
+                if u is None:
+                    new = logits.argmax(-1)
+                else:
+                    p = filter_logits(logits, o["temperature"], o["top_k"]).softmax(-1)
+                    new = (p.cumsum(-1) <= u[t - begin]).sum(-1)
+                plan.ids[:, t] = torch.where(done, plan.ids[:, t - 1], new)
+                done = done | torch.isin(plan.ids[:, t], plan.stop_ids)
+                t += 1
+            yield plan.ids[:, begin:t]
+            size *= 2
+
+
+@pytest.fixture
+def ahead(model) -> Ahead:
+    other = copy.deepcopy(model)
+    other.__class__, other.asked = Ahead, []
+    return other.train()
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"temperature": 0.8, "top_k": 9}])
+@pytest.mark.parametrize("stopping", [False, True])
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_model_that_decodes_by_itself_writes_the_same_text(model, ahead, seed, options, stopping, B):
+    idx = prompt(6, B)
+    free = generate(model, idx, 30, generator=torch.Generator().manual_seed(seed), **options)[:, 6:]
+    stops = {"stop_ids": {int(row[5 + i]) for i, row in enumerate(free)}} if stopping else {}
+
+    def run(m: GPTLanguageModel, follow: bool) -> tuple:
+        g, cache = torch.Generator().manual_seed(seed), KVCache.for_model(m, B)
+        given = {"generator": g, "kv_cache": cache, **options, **stops}
+        text = list(stream(m, idx, 30, **given)) if follow else generate(m, idx, 30, **given).tolist()
+        assert all(part.training for part in ahead.modules())
+        return text, cache.pos, cache.ids[:, : cache.pos].tolist(), torch.rand(3, generator=g).tolist()
+
+    for follow in (False, True)[: 1 + (B == 1)]:
+        assert run(ahead, follow) == run(model, follow)
+    assert ahead.asked == [None, 1][: 1 + (B == 1)]
+
+
+def test_what_such_a_model_declines_goes_step_by_step(model, ahead):
+    idx, options = prompt(6), {"temperature": 0, "repetition_penalty": 1.3}
+    want = generate(model, idx, 20, **options)
+    assert torch.equal(generate(ahead, idx, 20, **options), want)
+    assert list(stream(ahead, idx, 20, **options)) == want[0, 6:].tolist() and ahead.asked == [None, 1]
+    assert [int(step.ids) for step in steps(ahead, idx, 20, **options)] == want[0, 6:].tolist()
+    assert ahead.asked == [None, 1]  # steps shows every step
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 3, 9, 30])
+def test_closing_such_a_stream_forgets_what_was_ahead(model, ahead, seed, taken):
+    idx = prompt(6)
+
+    def run(m: GPTLanguageModel) -> tuple:
+        g, cache = torch.Generator().manual_seed(seed), KVCache.for_model(m)
+        ids = stream(m, idx, 30, generator=g, kv_cache=cache)
+        text = [next(ids) for _ in range(taken)]
+        ids.close()
+        assert all(part.training for part in ahead.modules())
+        return text, cache.pos, cache.ids[:, : cache.pos].tolist(), torch.rand(3, generator=g).tolist()
+
+    assert run(ahead) == run(model)
 
 
 # ---- padded vocabularies

@@ -7,6 +7,7 @@ from minigpt_lib.generation.compiled import RecordedSteps as RecordedSteps
 from minigpt_lib.generation.compiled import TextBuffers as TextBuffers
 from minigpt_lib.generation.compiled import Window as Window
 from minigpt_lib.generation.compiled import bucket as bucket
+from minigpt_lib.generation.compiled import check_finite as check_finite
 from minigpt_lib.generation.compiled import check_own as check_own
 from minigpt_lib.generation.compiled import choose as choose
 from minigpt_lib.generation.compiled import cpp_compiler as cpp_compiler
@@ -72,6 +73,7 @@ from minigpt_lib.generation.quantized import PackedGPT as PackedGPT
 from minigpt_lib.generation.quantized import PackedLinear as PackedLinear
 from minigpt_lib.generation.quantized import check_weights as check_weights
 from minigpt_lib.generation.quantized import into_huge_pages as into_huge_pages
+from minigpt_lib.generation.quantized import packed_linear as packed_linear
 from minigpt_lib.generation.quantized import quantize_int8 as quantize_int8
 from minigpt_lib.generation.quantized import weight_in_use as weight_in_use
 from minigpt_lib.generation.sampling import draw as draw

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ from .decode import DecodePlan
 from .kv_cache import KVCache, prefill
 from .options import DecodeOptions
 from .quantized import FEW, PackedGPT, check_weights  # written further down
-from .sampling import filter_logits
+from .sampling import filter_logits, uniform
 from ..model.gpt import GPTLanguageModel
 
 # %% auto #0
 __all__ = ['Window', 'step_of', 'step_inputs', 'windows', 'cpp_compiler', 'need_cpp_compiler', 'own_code', 'own_folder',
-           'check_own', 'CompiledSteps', 'bucket', 'record', 'choose', 'TextBuffers', 'Memory', 'RecordedSteps',
-           'FastGPT']
+           'check_own', 'CompiledSteps', 'bucket', 'record', 'choose', 'TextBuffers', 'Memory', 'check_finite',
+           'RecordedSteps', 'FastGPT']
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #0e6bf206
 class Window:
@@ -134,12 +134,12 @@ class CompiledSteps:
 
     def compile(self, model: PackedGPT, T: int) -> Callable[..., Tensor]:
         # 0: the input of a product is computed once and stored; inlined, each of its rows would compute it again
-        options = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False}
-        apart = {}
+        options: dict[str, Any] = {"realize_reads_threshold": 0, "realize_opcount_threshold": 0, "size_asserts": False}
+        apart: dict[str, Any] = {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on: compiled for one
             apart["isolate_recompiles"] = True  # model and one T alone; `checked_step` looks at what else could differ
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-        step = own_code(step_of)
+        step = own_code(cast(types.FunctionType, step_of))
         run = torch.compile(step, fullgraph=True, dynamic=False, options=options, **apart)
         cache = KVCache.for_model(model, self.batch_size)
         pos = min(7, cache.max_len - T)
@@ -173,7 +173,7 @@ _ONE_AT_A_TIME = threading.Lock()  # CUDA refuses two recordings at once
 
 
 def record(
-    run: Callable[[], None], state: list[Tensor], device: torch.device, pool: object = None
+    run: Callable[[], None], state: list[Tensor], device: torch.device, pool: Any = None
 ) -> Callable[[], None]:
     """`run` as a CUDA graph; what is returned repeats it on the same tensors. On a CPU it is `run` itself.
 
@@ -202,26 +202,31 @@ def record(
 def choose(logits: Tensor, options: DecodeOptions, u: Tensor) -> Tensor:
     """The next ids (B,) from logits (B, V): the largest, or drawn with one uniform number u (B,) for each row.
 
-    The draw takes the first id at which the sum of the probabilities so far exceeds u: no wait for the host.
+    The ids of `generate` with a generator that gives u, so `draw` with the number made beforehand: the first id at
+    which the summed probability exceeds it, without a wait for the host.
     """
-    if options.temperature == 0:
+    o, logits = options, logits[:, : options["n_vocab"]]  # (B, n): None leaves all
+    if o["temperature"] == 0:
         return logits.argmax(-1)
-    kept = filter_logits(logits.float(), options.temperature, options.top_k, options.top_p, options.min_p)
-    sums = kept.softmax(-1).cumsum(-1)  # (B, V)
-    return (sums <= u[:, None] * sums[:, -1:]).sum(-1).clamp(max=logits.size(-1) - 1)
+    p = filter_logits(logits, o["temperature"], o["top_k"], o["top_p"], o["min_p"]).softmax(-1)  # (B, n)
+    end, place = p.cumsum(-1), torch.arange(p.size(-1), device=p.device)  # (B, n), (n,)
+    drawable, n = p > 0, p.size(-1)
+    first = place.masked_fill(~(drawable & (end > u[:, None] * end[:, -1:])), n).amin(-1)  # (B,)
+    return torch.minimum(first, place.masked_fill(~drawable, 0).amax(-1))  # the last where rounding leaves none
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #d7a1502b
 class TextBuffers:
     """What a recorded run of steps reads and writes, at fixed addresses, for B texts of at most n_ctx + 1 tokens."""
 
     def __init__(self, B: int, n_ctx: int, most: int, device: torch.device):
-        whole = {"dtype": torch.int64, "device": device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self.ids = torch.zeros(B, n_ctx + 1, **whole)
         self.texts = torch.zeros(B, n_ctx, **whole)  # 0 is padding; see the table above
         self.pos = torch.zeros(1, **whole)  # the place of the token that goes in next
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
         self.stops = torch.full((8,), -1, **whole)
         self.u = torch.zeros(most, B, device=device)  # a uniform number for each token that is drawn
+        self.tops = torch.zeros(most, B, device=device)  # the largest logit behind each: NaN wins every maximum
 
     def load(self, plan: DecodePlan) -> None:
         self.ids[:, : plan.T] = plan.ids[:, : plan.T]
@@ -233,10 +238,10 @@ class TextBuffers:
         self.stops.fill_(-1)
         self.stops[: len(plan.stop_ids)] = plan.stop_ids
 
-    def draw(self, generator: torch.Generator | None) -> None:
-        """New uniform numbers, made where the generator lives."""
-        device = self.u.device if generator is None else generator.device
-        self.u.copy_(torch.rand(self.u.shape, generator=generator, device=device))
+    def draw(self, generator: torch.Generator | None, k: int) -> None:
+        """Uniform numbers for k tokens, those that k single steps would get, made where the generator lives."""
+        home = self.u.device if generator is None else generator.device
+        self.u[:k] = torch.cat([uniform(self.u.size(1), generator, home) for _ in range(k)], 1).T
 
     def advance(self, new: Tensor, token: Tensor) -> None:
         """Write the ids new (B,) behind token (B, 1); a row that has produced a stop id repeats it."""
@@ -263,6 +268,17 @@ class Memory:
             self.recorded[key] = make()
         return self.recorded[key]
 
+# %% ../../notebooks/06c_fast_decoding.ipynb #5c0d61b1
+def check_finite(tops: Tensor, t: int) -> None:
+    """Raise FloatingPointError unless the largest logits (n, B), for the tokens t, t + 1, …, are all finite."""
+    if not (sound := tops.isfinite()).all():  # (n, B)
+        column, row = (int(i) for i in (~sound).nonzero()[0])
+        raise FloatingPointError(
+            f"the model's logits are NaN or infinite (row {row}, before token {t + column + 1}): are its weights "
+            "finite? float16 may also overflow; bfloat16 and float32 do not"
+        )
+
+
 # %% ../../notebooks/06c_fast_decoding.ipynb #89958e75
 class RecordedSteps:
     """Steps of a model as CUDA graphs: one token at a time for any caller, or up to `most` tokens in one replay.
@@ -272,7 +288,8 @@ class RecordedSteps:
     """
 
     def __init__(self, model: PackedGPT, rows: tuple[int, ...] = (1,), most: int = 16):
-        self.model, self.rows, self.most, self.lock = weakref.proxy(model), rows, most, threading.Lock()
+        self.model = cast(PackedGPT, weakref.proxy(model))  # whose backend this is
+        self.rows, self.most, self.lock = rows, most, threading.Lock()
         self.free: dict[tuple[int, int], list[Memory]] = {}
         self.owners: weakref.WeakKeyDictionary[KVCache, Memory] = weakref.WeakKeyDictionary()
         self.recordings = 0  # made so far
@@ -284,7 +301,9 @@ class RecordedSteps:
             kept = self.free.setdefault((B, size), [])
             memory = kept.pop() if kept else self.memory(B, KVCache.for_model(self.model, B, size))
         cache = KVCache.__new__(KVCache)
-        cache.__dict__.update(memory.cache.__dict__)  # the same tensors, a pointer of its own
+        cache.__dict__.update(vars(memory.cache))  # the same tensors, a pointer of its own
+        for t in (cache.keys, cache.values):
+            t.zero_()  # a NaN behind the text would get through: 0 times NaN is NaN
         cache.pos = 0
         self.owners[cache] = memory
         weakref.finalize(cache, kept.append, memory).atexit = False
@@ -310,10 +329,11 @@ class RecordedSteps:
         memory, given = self.memory_of(cache), step_inputs(idx, cache.pos, attention_mask, S)
 
         def make() -> tuple:
-            inputs, out, (keys, values) = [t.clone() for t in given], [], windows(cache, S)
+            new, pos, texts = (t.clone() for t in given)
+            (keys, values), out = windows(cache, S), list[Tensor]()
 
             def run() -> None:
-                logits = self.model.step(*inputs, keys, values)
+                logits = self.model.step(new, pos, texts, keys, values)
                 if not out:
                     out.append(torch.empty_like(logits))
                 out[0].copy_(logits)
@@ -321,7 +341,7 @@ class RecordedSteps:
             self.recordings += 1
             if idx.is_cuda:
                 run()  # so that what the recording writes into is not part of its pool
-            return record(run, [], idx.device, memory.pool), inputs, out
+            return record(run, [], idx.device, memory.pool), (new, pos, texts), out
 
         replay, inputs, out = memory.recording((idx.shape, S), make)
         for mine, theirs in zip(inputs, given, strict=True):
@@ -337,7 +357,9 @@ class RecordedSteps:
             for i in range(k):
                 token = text.ids.index_select(1, text.pos)  # (B, 1)
                 inputs = (token, text.pos, text.texts[:, :S], keys, values)
-                text.advance(self.model.next_ids(inputs, options, text.u[i]), token)
+                ids, logits = self.model.next_ids(inputs, options, text.u[i])  # (B,), (B, V)
+                text.tops[i] = logits.amax(-1)
+                text.advance(ids, token)
 
         self.recordings += 1
         return record(run, [text.ids, text.pos, text.done], text.ids.device, memory.pool)
@@ -345,34 +367,36 @@ class RecordedSteps:
     def can_decode(self, plan: DecodePlan) -> bool:
         """Whether `decode` knows all options of the plan; what it does not know goes step by step."""
         options, n_ctx = plan.options, self.model.config.n_ctx
-        fits = plan.cache is not None and plan.ids.size(1) <= min(plan.cache.max_len + 1, n_ctx)
-        return fits and options.repetition_penalty in (None, 1) and len(plan.stop_ids) <= 8
+        fits = plan.cache is not None and plan.T < plan.ids.size(1) <= min(plan.cache.max_len + 1, n_ctx)
+        return fits and options["repetition_penalty"] in (None, 1) and len(plan.stop_ids) <= 8
 
     @torch.inference_mode()
     def decode(self, plan: DecodePlan, first: int | None = None) -> Iterator[Tensor]:
         """The new tokens of a plan, (B, n) at a time: `first` in the first replay, then twice as many, up to `most`.
 
         Small first replays suit a stream, whose reader waits; without `first` every replay has `most` tokens. The host
-        looks at the tokens once a replay and only where stop ids are given.
+        looks at the results once a replay; what it computed behind the last stop id is left out, but the generator has
+        given its numbers. Raises FloatingPointError for logits that are NaN or infinite.
         """
-        cache, options, T, end = plan.cache, plan.options, plan.T, plan.ids.size(1)
-        sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        cache, o, T, end = plan.cache, plan.options, plan.T, plan.ids.size(1)
+        assert cache is not None  # `can_decode` looked
+        chosen = DecodeOptions(  # without the cache, which must not outlive its owner
+            temperature=o["temperature"], top_k=o["top_k"], top_p=o["top_p"], min_p=o["min_p"], n_vocab=o["n_vocab"]
+        )
         memory = self.memory_of(cache)
         text, done = memory.text, torch.zeros_like(memory.text.done)
         kept, mask = cache.reuse(plan.ids[:, :T]), plan.mask
         if kept < T - 1:
             seen = None if mask is None else mask[:, : T - 1]
-            prefill(self.model, plan.ids[:, kept : T - 1], cache, attention_mask=seen, chunk=options.prefill_chunk)
+            prefill(self.model, plan.ids[:, kept : T - 1], cache, attention_mask=seen, chunk=o["prefill_chunk"])
         text.load(plan)
         t, most = T, first or self.most
         while t < end:
             k = 1 << min(most, self.most, end - t).bit_length() - 1  # a power of two: few recordings
             S = bucket(t - 1 + k, cache.max_len)
-            key = (S, k, *sampling.values())
-            chosen = DecodeOptions(**sampling)  # without the cache, which must not outlive its owner
-            run = memory.recording(key, partial(self.tokens, cache, memory, S, k, chosen))
-            if options.temperature > 0:
-                text.draw(options.generator)
+            run = memory.recording((S, k, *chosen.values()), partial(self.tokens, cache, memory, S, k, chosen))
+            if o["temperature"]:
+                text.draw(o["generator"], k)
             run()
             new, n = text.ids[:, t : t + k], k
             if len(plan.stop_ids):
@@ -380,6 +404,7 @@ class RecordedSteps:
                 done, all_over = over[:, -1], over.all(0)
                 if all_over.any():
                     n = int(all_over.long().argmax()) + 1
+            check_finite(text.tops[:n], t)
             plan.ids[:, t : t + n] = new[:, :n]
             t, most = t + n, 2 * most
             cache.ids[:, : t - 1] = plan.ids[:, : t - 1]
@@ -444,9 +469,10 @@ class FastGPT(PackedGPT):
         """Logits (B, T, V); what a backend records."""
         return step_of(self, idx, pos, texts, keys, values)
 
-    def next_ids(self, inputs: tuple, options: DecodeOptions, u: Tensor) -> Tensor:
-        """The ids (B,) behind one token of each text, chosen as the options say."""
-        return choose(self.step(*inputs)[:, -1], options, u)
+    def next_ids(self, inputs: tuple, options: DecodeOptions, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids (B,) behind one token of each text, chosen as the options say, and the logits (B, V)."""
+        logits = self.step(*inputs)[:, -1]
+        return choose(logits, options, u), logits
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for so many texts and tokens; on a GPU in memory of the model's own, where recordings last."""
@@ -460,6 +486,7 @@ class FastGPT(PackedGPT):
         return self.backend.takes(*idx.shape)
 
     def run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
+        assert self.backend is not None  # or `takes` had said no
         return self.backend(idx, cache, attention_mask)[:, -wanted:]
 
     def decode(self, plan: DecodePlan, first: int | None = None) -> Iterator[Tensor] | None:
@@ -468,7 +495,7 @@ class FastGPT(PackedGPT):
         if not isinstance(backend, RecordedSteps) or not backend.can_decode(plan):
             return None
 
-        def run() -> Iterator[Tensor]:  # holds on to the model
+        def run(model: FastGPT) -> Iterator[Tensor]:  # holds on to the model, which the backend does not
             yield from backend.decode(plan, first)
 
-        return run()
+        return run(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from .compiled import RecordedSteps, choose, step_inputs, step_of, windows
 from .decode import DecodePlan
 from .kv_cache import KVCache
 from .options import DecodeOptions
-from .quantized import PackedGPT, PackedLinear
-from ..model.gpt import GPTLanguageModel
+from .quantized import PackedGPT, packed_linear
+from ..model.gpt import Block, GPTLanguageModel, LayerNorm
 
 _interpret = os.environ.get("TRITON_INTERPRET")
 if _interpret is None and not torch.cuda.is_available():
@@ -208,12 +209,13 @@ def head_kernel(
 
 @jit
 def pick_kernel(best, best_at, choice, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """choice (1,): the best of the programs' best, the lower id where two are equal."""
+    """choice (1,): the best of the programs' best, the lower id where two are equal; 0 where all logits are NaN."""
     wait_for_input(PDL)
     i = tl.arange(0, BLOCK)
     y = tl.load(best + i, i < blocks, float("-inf"))
     at = tl.load(best_at + i, i < blocks, 2147483647)
-    tl.store(choice, tl.min(tl.where(y == tl.max(y, 0), at, 2147483647), 0).to(tl.int64))
+    first = tl.min(tl.where(y == tl.max(y, 0), at, 2147483647), 0)
+    tl.store(choice, tl.where(first == 2147483647, 0, first).to(tl.int64))  # the next token is looked up with it
 
 
 @jit
@@ -228,7 +230,7 @@ def embed_kernel(
     tl.store(x + c, row + tl.load(wpe + tl.load(pos) * C + c, c < C, 0.0).to(tl.float32), c < C)
 
 # %% ../../notebooks/06e_step_on_a_gpu.ipynb #77ab8c38
-def norm_of(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
+def norm_of(layer: LayerNorm) -> tuple[Tensor, Tensor]:
     return layer.weight, layer.bias
 
 # %% ../../notebooks/06e_step_on_a_gpu.ipynb #c06e0030
@@ -237,10 +239,12 @@ class FusedGPT(PackedGPT):
 
     weights: None for the model's own dtype, "bfloat16" or "int8" for smaller ones; the residual stream, sums and logits
     are float32. On a GPU the steps are recorded as CUDA graphs (`decode`: several tokens a replay); on a CPU the
-    kernels run in Triton's interpreter, which is for looking, not for speed. pdl: programmatic dependent launch, None
-    for "where the GPU has it" (from Hopper on). splits: into how many shares attention cuts the text. rows: outputs
-    per program, for each kernel. Prompts, batches and padding go through PyTorch. Raises ValueError for a head size
-    that is no power of two and an adapter that is not merged, RuntimeError where Triton is missing.
+    kernels run in Triton's interpreter, which is for looking, not for speed. A draw by the temperature alone is made in
+    a kernel, with noise of its own: same chances, but not the text that another model draws for the same seed. pdl:
+    programmatic dependent launch, None for "where the GPU has it" (from Hopper on). splits: into how many shares
+    attention cuts the text. rows: outputs per program, for each kernel. Prompts, batches and padding go through
+    PyTorch. Raises ValueError for a head size that is no power of two and an adapter that is not merged, RuntimeError
+    where Triton is missing.
     """
 
     def __init__(
@@ -267,7 +271,8 @@ class FusedGPT(PackedGPT):
             self.outputs = dict.fromkeys(self.outputs, 1024)
         self.outputs |= rows or {}
         self.blocks = -(-c.vocab_size // self.outputs["head"])
-        shapes = {"x": (c.n_embd,), "q": (c.n_embd,), "h": (4 * c.n_embd,), "logits": (c.vocab_size,)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        shapes |= {"x": (c.n_embd,), "q": (c.n_embd,), "h": (4 * c.n_embd,), "logits": (c.vocab_size,)}
         shapes |= {"tops": (c.n_head, splits), "sums": (c.n_head, splits), "best": (self.blocks,)}
         shapes |= {"parts": (c.n_head, splits, c.n_embd // c.n_head)}
         self.room = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
@@ -279,13 +284,13 @@ class FusedGPT(PackedGPT):
         """An empty cache in memory of the model's own, where recordings last."""
         return self.backend.new_cache(batch_size, length)
 
-    def launch(self, kernel: Callable, programs: tuple[int, ...], *args: object, **sizes: object) -> None:
+    def launch(self, kernel: Any, programs: tuple[int, ...], *args: object, **sizes: object) -> None:
         early = {"launch_pdl": True} if self.pdl else {}
         kernel[programs](*args, **sizes, PDL=self.pdl, **early)
 
     def through_layer(self, i: int, keys: Tensor, values: Tensor, pos: Tensor) -> None:
         """The five kernels of layer i; keys and values are its windows (1, nh, S, hs)."""
-        block, r, n, C, launch = self.h[i], self.room, self.outputs, self.config.n_embd, self.launch
+        block, r, n, C, launch = cast(Block, self.h[i]), self.room, self.outputs, self.config.n_embd, self.launch
         hs, eps = C // self.config.n_head, self.config.layer_norm_epsilon
         small, large, heads = self.padded(C), self.padded(4 * C), {"HS": hs, "SPLITS": self.splits}
         rows = lambda name: {"INT8": self.is_int8, "ROWS": n[name]}  # noqa: E731
@@ -302,15 +307,17 @@ class FusedGPT(PackedGPT):
 
     @property
     def is_int8(self) -> bool:
-        return self.lm_head.scale is not None
+        return packed_linear(self.lm_head).scale is not None
 
     @staticmethod
     def padded(K: int) -> dict[str, int]:
         return {"K": K, "BLOCK": triton.next_power_of_2(K)}
 
-    def linear(self, layer: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
+    def linear(self, layer: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
         """Weight, scale and bias as kernels want them: something at every address."""
-        return layer.weight, *(self.nothing if t is None else t for t in (layer.scale, layer.bias))
+        packed = packed_linear(layer)
+        scale, bias = (self.nothing if t is None else t for t in (packed.scale, packed.bias))
+        return packed.weight, scale, bias
 
     def token(self, inputs: tuple, temperature: float, u: Tensor) -> None:
         """All kernels of one token: logits in `room`, the id in `choice`. inputs as in `FastGPT.step`."""
@@ -327,16 +334,17 @@ class FusedGPT(PackedGPT):
         self.launch(pick_kernel, (1,), r["best"], r["best_at"], self.choice, self.blocks,
                     BLOCK=triton.next_power_of_2(self.blocks))  # fmt: skip
 
-    def step(self, *inputs: Tensor) -> Tensor:
+    def step(self, idx: Tensor, pos: Tensor, texts: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """Logits (1, 1, V) of one token; what the backend records."""
-        self.token(inputs, 0.0, self.nothing)
+        self.token((idx, pos, texts, keys, values), 0.0, self.nothing)
         return self.room["logits"].view(1, 1, -1)
 
-    def next_ids(self, inputs: tuple, options: DecodeOptions, u: Tensor) -> Tensor:
-        """The id (1,) behind one token: from the head's kernel where a temperature is all there is."""
-        filtered = any(option is not None for option in (options.top_k, options.top_p, options.min_p))
-        self.token(inputs, 0.0 if filtered else options.temperature, u)
-        return choose(self.room["logits"][None], options, u) if filtered else self.choice
+    def next_ids(self, inputs: tuple, options: DecodeOptions, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The id (1,) behind one token, from the head's kernel where a temperature is all there is; logits (1, V)."""
+        V, logits = self.config.vocab_size, self.room["logits"][None]
+        filtered = (options["n_vocab"] or V) < V or any(options[o] is not None for o in ("top_k", "top_p", "min_p"))
+        self.token(inputs, 0.0 if filtered else options["temperature"] or 0.0, u)
+        return choose(logits, options, u) if filtered else self.choice, logits
 
     def takes(self, idx: Tensor, cache: KVCache | None) -> bool:
         return cache is not None and cache.pos > 0 and tuple(idx.shape) == (1, 1)
@@ -352,7 +360,7 @@ class FusedGPT(PackedGPT):
         if plan.ids.size(0) > 1 or plan.mask is not None or not self.backend.can_decode(plan):
             return None
 
-        def run() -> Iterator[Tensor]:  # holds on to the model
+        def run() -> Iterator[Tensor]:  # holds on to the model, which the backend does not
             yield from self.backend.decode(plan, first)
 
         return run()

@@ -261,6 +261,38 @@ def _take_back(job: DecodePlan, columns: int, kept: int, before: Tensor | None) 
         for _ in range(kept if job.options["temperature"] else 0):
             uniform(len(job.ids), generator, generator.device)
 
+# %% ../../notebooks/06b_generation_in_full.ipynb #5c0d61a9
+def _replays(model: GPTLanguageModel, job: DecodePlan, first: int | None = None) -> Iterator[Tensor] | None:
+    """The new ids, (B, n) at a time, from the model's own `decode`; None where it has none or it declines the plan.
+
+    `decode(plan, first)` also fills job.ids and ends as soon as every row has a stop id; `first` is how many columns
+    the first part should have. The cache then holds all but the last id; the generator may be ahead of it.
+    """
+    decode = getattr(model, "decode", None)
+    parts: Iterator[Tensor] | None = None if decode is None else decode(job, first)
+
+    def run(parts: Iterator[Tensor]) -> Iterator[Tensor]:
+        with evaluating(model):
+            yield from parts
+
+    return None if parts is None else run(parts)
+
+
+def _one_by_one(job: DecodePlan, parts: Iterator[Tensor]) -> Iterator[int]:
+    """The ids of one row. Whenever it ends, cache and generator are as if only these had been computed."""
+    generator = job.options["generator"]
+    before, taken, computed = None if generator is None else generator.get_state(), 0, 0
+    try:
+        for part in parts:  # (1, n)
+            computed += part.size(1)
+            for i in part[0].tolist():
+                taken += 1
+                yield i
+    finally:
+        if computed:
+            _take_back(job, computed - taken, taken, before)
+
+
 # %% ../../notebooks/06b_generation_in_full.ipynb #c5e38dd7
 def generate(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **options: Unpack[DecodeOptions]) -> Tensor:
     """Continue the prompts idx (B, T) int64; returns prompt and new tokens, (B, T + new) int64.
@@ -280,8 +312,13 @@ def generate(model: GPTLanguageModel, idx: Tensor, max_new_tokens: int, **option
     unknown option and for a text in place of ids; FloatingPointError where the model's logits are not finite.
     """
     job = plan_decode(model, idx, max_new_tokens, **options)
-    every, generator = LOOK_EVERY.get(job.ids.device.type, 1), job.options["generator"]
-    before = None if generator is None or every == 1 else generator.get_state()
+    every, generator, parts = LOOK_EVERY.get(job.ids.device.type, 1), job.options["generator"], _replays(model, job)
+    before = None if generator is None else generator.get_state()
+    if parts is not None:
+        kept = sum(part.size(1) for part in parts)
+        if len(job.stop_ids):  # the last replay may have gone on behind them
+            _take_back(job, 0, kept, before)
+        return job.ids[:, : job.T + kept]
     new = sum(1 for _ in _decode(model, job, every))
     kept = new if every == 1 or new == 0 else _needed(job.ids[:, job.T : job.T + new], job.stop_ids)
     if kept < new:
@@ -295,12 +332,14 @@ def stream(
     """The new tokens of `generate`, one by one as they are computed, a stop id included; idx is (1, T).
 
     The request is checked at once; each token is computed when it is asked for, so closing the iterator stops the work.
+    (A model that computes several in a replay begins with one and doubles; closing forgets what was ahead.)
     Options and errors as in `generate`, and ValueError for more than one row.
     """
     job = plan_decode(model, idx, max_new_tokens, **options)
     if len(job.ids) != 1:
         raise ValueError(f"stream follows one row: idx must be (1, T), not {tuple(idx.shape)}")
-    return (int(step.ids[0]) for step in _decode(model, job))
+    parts = _replays(model, job, first=1)
+    return (int(step.ids[0]) for step in _decode(model, job)) if parts is None else _one_by_one(job, parts)
 
 # %% ../../notebooks/06b_generation_in_full.ipynb #9d87832f
 def steps(

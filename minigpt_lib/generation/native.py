@@ -12,14 +12,15 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .compiled import check_own, need_cpp_compiler, own_folder
 from .kv_cache import KVCache
-from .quantized import PackedGPT, PackedLinear, check_weights
-from ..model.gpt import GPTLanguageModel, padding_mask
+from .quantized import PackedGPT, check_weights, packed_linear
+from ..model.gpt import Block, GPTLanguageModel, LayerNorm, padding_mask
 
 # %% auto #0
 __all__ = ['MOST', 'STEP_CPP', 'FLAGS', 'code_folder', 'compile_step', 'text_struct', 'NativeGPT']
@@ -243,7 +244,8 @@ STEP_CPP = _TYPES + _DOT + _READY + _LINEAR + _PARTS + _EMBED + _STEP
 STEP_CPP += "".join(_ENTRY.format(name=name or "float32", type=kind) for name, kind in _STORED.items())
 
 # %% ../../notebooks/06d_step_in_cpp.ipynb #c06c0025
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC")
+FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only")
+FLAGS += ("-fopenmp", "-fPIC")
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # g++ uses half of the widest registers unless told
 
@@ -322,14 +324,15 @@ def text_struct(idx: Tensor, cache: KVCache, attention_mask: Tensor | None, want
 def _in_order(model: GPTLanguageModel) -> list[Tensor | None]:
     """The tensors of a packed model in the order of the C++ struct `Model`."""
 
-    def linear(layer: PackedLinear) -> list[Tensor | None]:
-        return [layer.weight, layer.scale, layer.bias]
+    def linear(layer: torch.nn.Linear) -> list[Tensor | None]:
+        packed = packed_linear(layer)
+        return [packed.weight, packed.scale, packed.bias]
 
-    def norm(layer: torch.nn.Module) -> list[Tensor]:
+    def norm(layer: LayerNorm) -> list[Tensor]:
         return [layer.weight, layer.bias]
 
     out = [*linear(model.lm_head), model.wpe.weight, *norm(model.ln_f)]
-    for block in model.h:
+    for block in cast(list[Block], model.h):
         out += [*norm(block.ln_1), *linear(block.attn.c_attn), *linear(block.attn.c_proj)]
         out += [*norm(block.ln_2), *linear(block.mlp.c_fc), *linear(block.mlp.c_proj)]
     return out
@@ -372,4 +375,4 @@ class NativeGPT(PackedGPT):
         """Run the step; its logits (B, wanted, V)."""
         threads = torch.get_num_threads()
         self._function(ctypes.byref(self._sizes), ctypes.byref(self._addresses), ctypes.byref(text), threads)
-        return text.tensors["logits"]
+        return cast(Tensor, text.tensors["logits"])  # the only one that may be missing is the mask

@@ -86,6 +86,7 @@ def generate_lookup(
         raise ValueError(f"draft={draft} and ngram={ngram} must be at least 1")
     job = plan_decode(model, idx, max_new_tokens, temperature=0, stop_ids=stop_ids, kv_cache=kv_cache)
     ids, cache, T, end, stops = job.ids, job.cache, job.T, job.ids.size(1), job.stop_ids
+    assert cache is not None  # nothing above switched it off
     if end == T:
         return LookupResult(ids, 0, 0, 0, 0)
     t, passes, proposed, accepted = T, 0, 0, 0
