@@ -204,7 +204,7 @@ def head_kernel(
     y = tl.where(n < N, y, float("-inf"))
     top = tl.max(y, 0)
     tl.store(best + tl.program_id(0), top)
-    tl.store(best_at + tl.program_id(0), tl.min(tl.where(y == top, n, 2147483647), 0))
+    tl.store(best_at + tl.program_id(0), tl.min(tl.where((y == top) & (n < N), n, 2147483647), 0))
 
 
 @jit
