@@ -91,7 +91,7 @@ def test_the_command_pretrain_runs_under_torchrun(tmp_path):
     """Two processes, one model folder, and the losses of the same command in one process."""
     (tmp_path / "text.txt").write_text("One two three four five. " * 400)
     words = ["-m", "minigpt_lib.cli", "pretrain", "--data", str(tmp_path / "text.txt"), "--window", "16"]
-    words += ["--steps", "3", "--device", "cpu", "--out"]
+    words += ["--steps", "3", "--device", "cpu", "--precision", "fp32", "--out"]
     two = torchrun(*words, str(tmp_path / "two"))
     assert two.returncode == 0 and two.stdout.count("holds the model") == 1, two.stderr[-3000:]
     command = [sys.executable, *words, str(tmp_path / "one")]
