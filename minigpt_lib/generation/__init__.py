@@ -7,7 +7,6 @@ from minigpt_lib.generation.compiled import RecordedSteps as RecordedSteps
 from minigpt_lib.generation.compiled import TextBuffers as TextBuffers
 from minigpt_lib.generation.compiled import Window as Window
 from minigpt_lib.generation.compiled import bucket as bucket
-from minigpt_lib.generation.compiled import check_finite as check_finite
 from minigpt_lib.generation.compiled import check_own as check_own
 from minigpt_lib.generation.compiled import choose as choose
 from minigpt_lib.generation.compiled import cpp_compiler as cpp_compiler
@@ -15,6 +14,7 @@ from minigpt_lib.generation.compiled import need_cpp_compiler as need_cpp_compil
 from minigpt_lib.generation.compiled import own_code as own_code
 from minigpt_lib.generation.compiled import own_folder as own_folder
 from minigpt_lib.generation.compiled import record as record
+from minigpt_lib.generation.compiled import refuse_nonfinite as refuse_nonfinite
 from minigpt_lib.generation.compiled import step_inputs as step_inputs
 from minigpt_lib.generation.compiled import step_of as step_of
 from minigpt_lib.generation.compiled import windows as windows

@@ -30,7 +30,7 @@ from ..model.gpt import GPTLanguageModel
 
 # %% auto #0
 __all__ = ['Window', 'step_of', 'step_inputs', 'windows', 'cpp_compiler', 'need_cpp_compiler', 'own_code', 'own_folder',
-           'check_own', 'CompiledSteps', 'bucket', 'record', 'choose', 'TextBuffers', 'Memory', 'check_finite',
+           'check_own', 'CompiledSteps', 'bucket', 'record', 'choose', 'TextBuffers', 'Memory', 'refuse_nonfinite',
            'RecordedSteps', 'FastGPT']
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #0e6bf206
@@ -269,7 +269,7 @@ class Memory:
         return self.recorded[key]
 
 # %% ../../notebooks/06c_fast_decoding.ipynb #5c0d61b1
-def check_finite(tops: Tensor, t: int) -> None:
+def refuse_nonfinite(tops: Tensor, t: int) -> None:
     """Raise FloatingPointError unless the largest logits (n, B), for the tokens t, t + 1, …, are all finite."""
     if not (sound := tops.isfinite()).all():  # (n, B)
         column, row = (int(i) for i in (~sound).nonzero()[0])
@@ -404,7 +404,7 @@ class RecordedSteps:
                 done, all_over = over[:, -1], over.all(0)
                 if all_over.any():
                     n = int(all_over.long().argmax()) + 1
-            check_finite(text.tops[:n], t)
+            refuse_nonfinite(text.tops[:n], t)
             plan.ids[:, t : t + n] = new[:, :n]
             t, most = t + n, 2 * most
             cache.ids[:, : t - 1] = plan.ids[:, : t - 1]
