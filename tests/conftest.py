@@ -16,7 +16,8 @@ from minigpt_lib.model.gpt import GPTLanguageModel
 ROOT = Path(__file__).resolve().parents[1]
 
 # `make quick` runs these, without the tests of GPT-2's size in them: each core piece against its oracle, in seconds
-QUICK = {f"test_{name}.py" for name in ["attention", "model", "cache", "sampling", "loss", "data", "template", "records", "batching", "lora", "tokenizer", "atomic", "paths", "devices", "evaluation", "notebooks", "pins", "tensor_files"]}  # fmt: skip
+QUICK = """attention model cache sampling loss data template records batching lora tokenizer atomic paths devices
+evaluation notebooks pins tensor_files"""
 LARGE = ("gpt2s_shape", "124m", "memory_of_one_model", "every_character", "hugging_face")
 
 # what runs in the background of a shell ignores Ctrl-C and hands that on to its children, which the tests interrupt
@@ -71,5 +72,5 @@ def model(seed, enc) -> GPTLanguageModel:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what `make quick` leaves out: notebooks, browsers, other processes, compilers and large models."""
     for item in items:
-        if item.path.name not in QUICK or any(name in item.name for name in LARGE):
+        if item.path.stem.removeprefix("test_") not in QUICK.split() or any(name in item.name for name in LARGE):
             item.add_marker("slow")
