@@ -447,8 +447,8 @@ EXERCISES = (
             ),
             Mistake(
                 "weights that are not finite give: look at all of them before any is replaced.",
-                "if not weight.isfinite().all():",
-                "if False:",
+                " if not weight.isfinite().all()]",
+                " if False]",
             ),
             Mistake(
                 "merging into the tied head gives: the token embedding would change with it. Refuse it.",
@@ -474,7 +474,7 @@ EXERCISES = (
         mistakes=(
             Mistake(
                 "switching the branches off alone gives: a merged weight still holds the update. Lend the original.",
-                "for layer, _ in merged:\n            layer.weight.data = layer.base_weight",
+                "for layer, _ in merged:\n            layer.weight.data = cast(Tensor, layer.base_weight)",
                 "pass",
             ),
             Mistake(

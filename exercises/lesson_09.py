@@ -454,13 +454,13 @@ EXERCISES = (
             Mistake("leaving out ln_1 gives: attention reads the normalised stream.", "block.ln_1(x)", "x"),
             Mistake(
                 "what was fetched gives: `attention` returns that first, and then the weights.",
-                ")))[1][0]",
-                ")))[0][0]",
+                "attention(q, k, v)[1][0]",
+                "attention(q, k, v)[0][0]",
             ),
             Mistake(
                 "computing in the model's own type gives: the weights are to be in float32, queries and keys first.",
-                "*(t.float() for t in block.attn.heads(block.ln_1(x)))",
-                "*block.attn.heads(block.ln_1(x))",
+                "(t.float() for t in block.attn.heads(block.ln_1(x)))",
+                "block.attn.heads(block.ln_1(x))",
             ),
         ),
         hints=(
