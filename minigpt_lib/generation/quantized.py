@@ -195,15 +195,15 @@ class PackedGPT(GPTLanguageModel):
 
     def run_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
         """Logits (B, wanted, V) behind the last of the tokens idx (B, T); puts their keys and values into the cache."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define run_step")
 
     def step(self, idx: Tensor, pos: Tensor, texts: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """Logits (B, T, V) of new tokens as a function of tensors alone, for a subclass whose steps are recorded."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define step")
 
     def next_ids(self, inputs: tuple, options: DecodeOptions, u: Tensor) -> tuple[Tensor, Tensor]:
         """The ids (B,) behind `step`'s inputs for one token, and the logits (B, V), for the same subclass."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define next_ids")
 
     @torch.inference_mode()
     def checked_step(self, idx: Tensor, cache: KVCache, attention_mask: Tensor | None, wanted: int) -> Tensor:
